@@ -74,7 +74,7 @@ def _sync_folder(folder):
         finally:
             os.close(handle)
 
-# %% ../nbs/workshop/checkpoint.ipynb #5d31d00b
+# %% ../nbs/workshop/checkpoint.ipynb #93b61e60
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor]) -> str:
     """Write named tensors to one safetensors file (atomically) and return the file's SHA-256.
 
@@ -111,7 +111,7 @@ def read_tensors(path: str | os.PathLike, sha256: str | None = None) -> dict[str
             f"{sha256[:12]}… ({len(payload):,} bytes read). Copy the folder again from where you got it."
         )
     try:
-        return tensors_from_bytes(payload)
+        return dict(sorted(tensors_from_bytes(payload).items()))  # the library's order changes from call to call
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from error
 
@@ -444,7 +444,7 @@ def load_checkpoint(name_or_path: str | os.PathLike, *, device: str | torch.devi
         directory=directory,
     )
 
-# %% ../nbs/workshop/checkpoint.ipynb #5c0999bc
+# %% ../nbs/workshop/checkpoint.ipynb #4e71820f
 def list_checkpoints() -> list[str]:
     """Names of the checkpoints that come with the package. Chapter: workshop/checkpoint"""
     return sorted(path.parent.name for path in _shipped().glob("*/checkpoint.json"))
@@ -470,7 +470,7 @@ def find_checkpoint(name_or_path: str | os.PathLike) -> Path:
         if (path / "last.json").is_file():
             raise CheckpointError(
                 f"{path} is the folder of a training run. Load its weights into your model with "
-                "speechlearn.training.load_best(model, folder), then save_checkpoint."
+                "speechlearn.resume.load_best(model, folder), then save_checkpoint."
             )
         raise CheckpointError(f"the folder {path} has no checkpoint.json: it is not a checkpoint, or was not copied completely.")
     refuse_pickle(path)
