@@ -35,20 +35,20 @@ from speechlearn.resume import (
     seed_everything,
 )
 
-# %% ../nbs/workshop/training.ipynb #b6f2eaf6
+# %% ../nbs/workshop/training.ipynb #268a4c41
 @dataclass(frozen=True)
 class TrainConfig:
     """All settings of a training run; saved with it. Chapter: workshop/training"""
 
     n_steps: int | None = 1000  # optimiser steps; None: only max_seconds ends the run
-    max_seconds: float | None = None  # budget of training time in seconds, without validation and saving
-    learning_rate: float = 1e-3  # the highest that the schedule reaches
+    max_seconds: float | int | None = None  # budget of training time in seconds, without validation and saving
+    learning_rate: float | int = 1e-3  # the highest that the schedule reaches
     schedule: str | Callable[[int, float], float] = "cosine"  # "cosine", "constant", "noam", or (step, progress) -> factor
     schedule_over: str = "steps"  # "steps", or "seconds": follow max_seconds (not repeatable bit for bit)
     warmup_steps: int = 0  # steps from 0 to the full rate: Adam's averages mean little at first
     betas: tuple[float, float] = (0.9, 0.98)  # AdamW's memory of gradients and of their squares, per step
-    weight_decay: float = 0.01  # pull of matrices towards 0, times the learning rate, per step
-    clip_norm: float | None = 1.0  # longest gradient that is believed; one bad batch must not undo a day
+    weight_decay: float | int = 0.01  # pull of matrices towards 0, times the learning rate, per step
+    clip_norm: float | int | None = 1.0  # longest gradient that is believed; one bad batch must not undo a day
     accumulate: int = 1  # batches per optimiser step and process: a large batch in little memory
     average: float | None = None  # decay per step of the running mean of the weights used for validation (0.999)
     validate_every: int | None = None  # steps; None: only at the end
@@ -91,8 +91,8 @@ class TrainConfig:
             raise ValueError("the noam schedule needs warmup_steps of at least 1")
         if self.schedule == "cosine" and self.n_steps is not None and self.warmup_steps >= self.n_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than n_steps ({self.n_steps})")
-        if self.precision not in ("32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true"):
-            raise ValueError(f"precision must be 32-true, bf16-mixed, 16-mixed, bf16-true or 64-true, got {self.precision!r}")
+        if self.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise ValueError(f"precision must be 32-true, bf16-mixed or 16-mixed, got {self.precision!r}")
 
     def to_dict(self) -> dict:
         """Settings as JSON values; a schedule function is kept by its name."""
@@ -276,7 +276,7 @@ def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
 
-# %% ../nbs/workshop/training.ipynb #fc770139
+# %% ../nbs/workshop/training.ipynb #98472f20
 def take_step(run: Run) -> dict[str, float]:
     """One optimiser step; returns its loss, learning rate and the length of the gradient.
 
@@ -297,7 +297,8 @@ def take_step(run: Run) -> dict[str, float]:
         ids += batch_ids(batch)
         waits = k < config.accumulate - 1  # processes exchange gradients once per step, not once per batch
         with fabric.no_backward_sync(run.engine, enabled=waits):
-            parts = loss_parts(run.compute(run.engine, batch))
+            with fabric.autocast():  # the engine itself would do so for `forward`, but not for `loss`
+                parts = loss_parts(run.compute(run.engine, batch))
             if not parts["loss"].isfinite():
                 raise DivergedError(_diverged(run, f"the loss is {parts['loss'].item()}", batch_ids(batch)))
             fabric.backward(parts["loss"] / config.accumulate)
