@@ -5,7 +5,8 @@ __all__ = ['RECOGNISERS', 'FORMAT', 'VERSION', 'CheckpointError', 'write_file', 
            'write_json', 'read_json', 'recogniser_class', 'recogniser_name', 'config_from_dict', 'rounded',
            'load_weights', 'save_checkpoint', 'Loaded', 'load_checkpoint', 'list_checkpoints', 'find_checkpoint']
 
-# %% ../nbs/workshop/checkpoint.ipynb #afbcec62
+# %% ../nbs/workshop/checkpoint.ipynb #b81eaa0a
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -27,7 +28,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor, nn
 
-# %% ../nbs/workshop/checkpoint.ipynb #2aa798d7
+# %% ../nbs/workshop/checkpoint.ipynb #22063723
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; the text says which file, why, and what to do."""
 
@@ -59,15 +60,13 @@ def write_file(path: str | os.PathLike, payload: bytes) -> None:
             "What was there before is intact. Free some space or choose another folder."
         ) from error
     finally:
-        try:
+        with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)  # still there only if something went wrong
-        except OSError:
-            pass
 
 
 def _sync_folder(folder):
-    """Make the rename itself survive a power cut. Windows cannot open folders, and does not need this."""
-    if os.name == "posix":
+    """Make the rename itself survive a power cut, where the system can: Windows and some network disks cannot."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -168,19 +167,19 @@ def read_json(path: str | os.PathLike, *, format: str, version: int, needs: tupl
         raise CheckpointError(f"{path} is incomplete: it has no {', '.join(map(repr, missing))}.")
     return value
 
-# %% ../nbs/workshop/checkpoint.ipynb #e0a2aa54
+# %% ../nbs/workshop/checkpoint.ipynb #9031d9c3
 # name in checkpoints -> "module:Class" (imported only when needed) or the class itself
 RECOGNISERS: dict[str, str | type] = {
     "first-recogniser": "speechlearn.whole_game:FirstRecogniser",
 }
 
 
-def recogniser_class(name: str) -> type:
+def recogniser_class(name: object) -> type:
     """The class that a registered name stands for.
 
     Raises: CheckpointError: nobody registered the name, or its module cannot be imported. Chapter: workshop/checkpoint
     """
-    if name not in RECOGNISERS:
+    if not isinstance(name, str) or name not in RECOGNISERS:
         raise CheckpointError(f"unknown model {name!r}; known: {', '.join(sorted(RECOGNISERS))}.{_nearest(name, RECOGNISERS)}")
     target = RECOGNISERS[name]
     if isinstance(target, type):
@@ -216,8 +215,8 @@ def _nearest(name, names):
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
-# %% ../nbs/workshop/checkpoint.ipynb #362f8037
-def config_from_dict(config_class: type, values: dict):
+# %% ../nbs/workshop/checkpoint.ipynb #f6a4f1fa
+def config_from_dict(config_class: type, values: object):
     """Build a config dataclass from a dict that went through JSON: lists become tuples, dicts become nested configs.
 
     >>> @dataclass(frozen=True)
@@ -314,7 +313,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str = 
         )
     model.load_state_dict(tensors, strict=False)  # strictness was checked above; extra state, if any, is not ours
 
-# %% ../nbs/workshop/checkpoint.ipynb #2646f99c
+# %% ../nbs/workshop/checkpoint.ipynb #3d1654a5
 FORMAT, VERSION = "speechlearn-recogniser", 1
 
 
@@ -391,10 +390,16 @@ def _version(package):
 
 def _build(name, config):
     """A model from its registered name and settings, without touching the caller's random numbers."""
-    with torch.random.fork_rng(devices=[]):
-        return recogniser_class(name).from_config(config)
+    kind = recogniser_class(name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return kind.from_config(config)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{kind.__name__} cannot be built from the settings {config}: {error}") from error
 
-# %% ../nbs/workshop/checkpoint.ipynb #5ad64148
+# %% ../nbs/workshop/checkpoint.ipynb #d615afcf
 @dataclass(frozen=True)
 class Loaded:
     """What `load_checkpoint` gives back. Chapter: workshop/checkpoint"""
@@ -434,7 +439,10 @@ def load_checkpoint(name_or_path: str | os.PathLike, *, device: str | torch.devi
     if vocabulary is not None:
         from speechlearn.text import vocabulary_from_dict  # here, as only models with text need it
 
-        vocabulary = vocabulary_from_dict(vocabulary)
+        try:
+            vocabulary = vocabulary_from_dict(vocabulary)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: the vocabulary cannot be read: {error}") from error
     return Loaded(
         model=model.to(device).eval(),
         vocabulary=vocabulary,
