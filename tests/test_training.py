@@ -223,7 +223,8 @@ def test_the_loop_is_a_plain_loop_bit_for_bit():
 def test_accumulating_two_batches_is_one_of_twice_the_size():
     def losses(size, accumulate):
         batches = [numbers()[i : i + size] for i in range(0, 24, size)]
-        return go(adder(dropout=0.0), batches, config=config(accumulate=accumulate, learning_rate=0.01)).losses
+        result = go(adder(dropout=0.0), batches, config=config(accumulate=accumulate, learning_rate=0.01))
+        return [line[name] for line in result.history for name in ("loss", "grad_norm")]
 
     assert losses(4, 2) == pytest.approx(losses(8, 1), rel=1e-5)
     assert losses(4, 1) != pytest.approx(losses(8, 1), rel=1e-2)
