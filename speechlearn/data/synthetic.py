@@ -163,7 +163,7 @@ FAMILIES = (
     ("m4", "m5"), ("Alex", "m6"), ("Mike", "m3"), ("grandpa", "max"), ("rob", "robert"), ("Reed", "adam"),
 )
 
-# %% ../../nbs/data/04b_synthetic.ipynb #87a785fa
+# %% ../../nbs/data/04b_synthetic.ipynb #51dbff3b
 def split_of_sentence(text: str) -> str:
     """"train", "dev" or "test": where a sentence belongs, for ever, whatever else is drawn.
 
@@ -194,9 +194,15 @@ def draw_request(kind: str, split: str, index: int, seed: int = 0) -> Request:
     draw = random.Random(f"speechlearn {kind} {split} {seed} {index}")
     if split == "seen-sentence":  # truly seen: the sentence of the training utterance with this index
         text = draw_request(kind, "train", index, seed).text
+    elif grammar == "digits":
+        # The number of digits is drawn first: rejecting whole strings would favour short ones, which are never rejected.
+        n = draw.randint(1, 7)
+        text = " ".join(draw.choices(DIGITS, k=n))
+        while n > 2 and split_of_sentence(text) != sentences:
+            text = " ".join(draw.choices(DIGITS, k=n))
     else:
         text = draw_sentence(grammar, draw)
-        while split_of_sentence(text) != sentences and not (grammar == "digits" and len(text.split()) <= 2):
+        while split_of_sentence(text) != sentences:
             text = draw_sentence(grammar, draw)
     # Slower than espeak-ng's default of 175 words per minute: people speak about 14 characters a second.
     return Request(text, f"{draw.choice(ACCENTS)}+{draw.choice(voices)}", draw.randint(95, 165), draw.randint(20, 80), draw.randint(20, 80))
