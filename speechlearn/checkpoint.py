@@ -5,12 +5,13 @@ __all__ = ['RECOGNISERS', 'FORMAT', 'VERSION', 'CheckpointError', 'write_file', 
            'write_json', 'read_json', 'recogniser_class', 'recogniser_name', 'config_from_dict', 'rounded',
            'load_weights', 'save_checkpoint', 'Loaded', 'load_checkpoint', 'list_checkpoints', 'find_checkpoint']
 
-# %% ../nbs/workshop/checkpoint.ipynb #b81eaa0a
+# %% ../nbs/workshop/checkpoint.ipynb #41253144
 import contextlib
 import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -313,7 +314,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str = 
         )
     model.load_state_dict(tensors, strict=False)  # strictness was checked above; extra state, if any, is not ours
 
-# %% ../nbs/workshop/checkpoint.ipynb #3d1654a5
+# %% ../nbs/workshop/checkpoint.ipynb #015ecb02
 FORMAT, VERSION = "speechlearn-recogniser", 1
 
 
@@ -332,7 +333,7 @@ def save_checkpoint(
 
     Args:
         directory: folder, made if needed.
-        model: its class is in `RECOGNISERS`, has `config` (a dataclass) and `from_config(dict)`.
+        model: its class is in `RECOGNISERS`, has `config` (a dataclass) and `from_config(config)`.
         vocabulary: has `to_dict()`; or `None` for a model without text.
         features: settings of the front end, if it is not part of the model; JSON values.
         metadata: anything else worth knowing (data, steps, error rate, licence); JSON values.
@@ -391,7 +392,10 @@ def _version(package):
 def _build(name, config):
     """A model from its registered name and settings, without touching the caller's random numbers."""
     kind = recogniser_class(name)
+    wanted = next(iter(inspect.signature(kind.from_config).parameters.values())).annotation
     try:
+        if dataclasses.is_dataclass(wanted):
+            config = config_from_dict(wanted, config)
         with torch.random.fork_rng(devices=[]):
             return kind.from_config(config)
     except CheckpointError:

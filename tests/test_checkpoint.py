@@ -359,6 +359,17 @@ def test_settings_that_break_the_class_itself(saved, monkeypatch):
     refused(saved, "Tiny cannot be built from the settings .*unexpected keyword argument 'colour'")
 
 
+def test_from_config_may_ask_for_the_dataclass(saved, monkeypatch):
+    def build(cls, config: Config):
+        assert isinstance(config, Config)
+        return cls(config)
+
+    monkeypatch.setattr(Tiny, "from_config", classmethod(build))
+    assert load_checkpoint(saved).model.config == Config()
+    edit(saved, config={"colour": "red"})
+    refused(saved, "Config has no setting 'colour'")
+
+
 def test_wrong_names_are_listed_a_few_at_a_time():
     model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(5)])
     before = [p.clone() for p in model.parameters()]

@@ -560,3 +560,37 @@ def test_load_best_takes_the_last_weights_if_there_was_no_validation(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     with pytest.raises(CheckpointError, match="cannot read"):
         load_best(other, tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------ with speech
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_recogniser_of_the_book_continues_and_becomes_a_checkpoint(tmp_path, n_workers):
+    from speechlearn.checkpoint import load_checkpoint, save_checkpoint
+    from speechlearn.data.augment import Augment
+    from speechlearn.data.batches import SpeechDataset, make_loader
+    from speechlearn.data.synthetic import sampler
+    from speechlearn.sound.features import LogMel
+    from speechlearn.text import CharacterVocabulary
+    from speechlearn.whole_game import FirstRecogniser, FirstRecogniserConfig
+
+    vocabulary = CharacterVocabulary()
+
+    def go(directory, n_steps, **more):
+        torch.manual_seed(0)
+        model = FirstRecogniser(FirstRecogniserConfig(n_bins=20, vocab=len(vocabulary), d_model=16, n_heads=2, d_feedforward=16, n_layers=1))
+        dataset = SpeechDataset(sampler(), LogMel(n_bins=20), vocabulary, augment=Augment(), seed=3)
+        loader = make_loader(dataset, max_frames=1200, seed=3, n_workers=n_workers)
+        return model, train(model, loader, config=config(n_steps=n_steps, checkpoint_every=4), directory=directory, show="none", **more)
+
+    model, whole = go(tmp_path / "whole", 13)
+    go(tmp_path / "a", 6)
+    again, continued = go(tmp_path / "a", 13, resume=True)
+    assert continued.losses == whole.losses and whole.history[-1]["epoch"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+    features = torch.randn(1, 50, 20)
+    loaded = load_checkpoint(save_checkpoint(tmp_path / "c", again, vocabulary=vocabulary))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(features, torch.tensor([50]))[0], again(features, torch.tensor([50]))[0])
