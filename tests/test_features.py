@@ -483,6 +483,11 @@ def test_normalisation_by_hand():
     assert got[1].flatten().tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
 
 
+def test_normalisation_adds_its_floor_to_the_deviation():
+    x = torch.tensor([[[1.0], [3.0]]])  # deviation 1
+    assert normalise_utterance(x, torch.tensor([2])).flatten().tolist() == pytest.approx([-1 / 1.1, 1 / 1.1])
+
+
 def test_normalised_utterances_have_mean_0_and_deviation_1():
     x, lengths = 5 + 3 * torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([50, 7, 23])
     got = normalise_utterance(x, lengths, floor=0.0)
