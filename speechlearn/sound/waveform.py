@@ -113,14 +113,14 @@ def plot_waveform(waveform: Float[Tensor, "samples"], sample_rate: int, *, ax=No
         ax.text((word.start + word.end) / 2, 1.02, word.text, ha="center", transform=ax.get_xaxis_transform(), fontsize=9)
     return ax
 
-# %% ../../nbs/sound/01_waveforms.ipynb #3a0046e0
+# %% ../../nbs/sound/01_waveforms.ipynb #b108e0ad
 def _check_rate(rate, name: str) -> int:
     if isinstance(rate, bool) or rate != int(rate) or not 1_000 <= rate <= 400_000:
         raise AudioError(f"{name} is {rate!r}; expected a whole number of hertz between 1000 and 400000, such as 16000")
     return int(rate)
 
 
-def resample(waveform: Float[Tensor, "samples"], from_rate: int, to_rate: int) -> Float[Tensor, "samples"]:
+def resample(waveform: Float[Tensor, "samples"], from_rate: int, to_rate: int) -> Float[Tensor, "resampled"]:
     """Change the sample rate; what the new rate cannot hold is filtered out first.
 
     Args:
