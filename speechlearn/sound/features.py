@@ -98,7 +98,7 @@ def mel_to_hz(mel: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Mel to hertz, the inverse of `hz_to_mel`."""
     return 700.0 * torch.expm1(mel / MEL_FACTOR)
 
-# %% ../../nbs/sound/02_features.ipynb #a9de045d
+# %% ../../nbs/sound/02_features.ipynb #65aec3d5
 def mel_filter_bank(
     n_bins: int, n_fft: int, sample_rate: int, *, f_min: float = 20.0, f_max: float | None = None, straight_in: str = "hertz"
 ) -> Float[Tensor, "frequencies bins"]:
@@ -120,14 +120,16 @@ def mel_filter_bank(
         raise ValueError(f"the filters reach from {f_min} to {f_max} Hz; expected 0 <= f_min < f_max <= {sample_rate / 2} Hz, half the sample rate")
     if straight_in not in ("hertz", "mel"):
         raise ValueError(f"straight_in is {straight_in!r}; expected 'hertz' or 'mel'")
-    f_min, f_max = torch.tensor(f_min, dtype=torch.float64), torch.tensor(f_max, dtype=torch.float64)
-    corners = torch.linspace(float(hz_to_mel(f_min)), float(hz_to_mel(f_max)), n_bins + 2, dtype=torch.float64)
-    frequencies = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
     if straight_in == "hertz":
-        corners = mel_to_hz(corners)
+        limits = hz_to_mel(torch.tensor([f_min, f_max], dtype=torch.float64)).tolist()
+        corners = mel_to_hz(torch.linspace(*limits, n_bins + 2, dtype=torch.float64))
+        left, centre, right = corners[:-2], corners[1:-1], corners[2:]
+        frequencies = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
     else:
-        frequencies = hz_to_mel(frequencies)
-    left, centre, right = corners[:-2], corners[1:-1], corners[2:]
+        # Kaldi's factor, its order of operations, and float32: the weight of a faint bin may rest on the last digits.
+        low, high = (1127.0 * math.log(1.0 + f / 700.0) for f in (f_min, f_max))
+        left, centre, right = (low + (torch.arange(n_bins) + side) * ((high - low) / (n_bins + 1)) for side in (0.0, 1.0, 2.0))
+        frequencies = 1127.0 * torch.log(1.0 + sample_rate / n_fft * torch.arange(n_fft // 2 + 1.0) / 700.0)
     rising = (frequencies[:, None] - left) / (centre - left)
     falling = (right - frequencies[:, None]) / (right - centre)
     bank = torch.minimum(rising, falling).clamp(min=0.0)
@@ -139,7 +141,7 @@ def mel_filter_bank(
         )
     return bank.float()
 
-# %% ../../nbs/sound/02_features.ipynb #77336fcf
+# %% ../../nbs/sound/02_features.ipynb #2f56b549
 def log_mel(
     waveform: Float[Tensor, "*batch samples"],
     *,
@@ -173,6 +175,16 @@ def _checked_lengths(waveforms: Tensor, lengths: Tensor) -> None:
         raise ValueError(f"utterance {worst} claims {int(lengths[worst])} samples, but the batch holds only {waveforms.shape[1]}; lengths count samples, not frames or seconds")
 
 
+def _without_padding(features: Tensor, feature_lengths: Tensor) -> Tensor:
+    """Zeros beyond the end of each utterance; refuses what is not a number before it."""
+    beyond = torch.arange(features.shape[1], device=features.device) >= feature_lengths[:, None]
+    features = features.masked_fill(beyond[..., None], 0.0)
+    if not features.isfinite().all():
+        worst = int((~features.isfinite()).flatten(1).any(dim=1).int().argmax())
+        raise ValueError(f"utterance {worst} of the batch has features that are not finite: its waveform holds NaN or infinity, or the floor is 0. Look at it with check_waveform.")
+    return features
+
+
 class LogMel(nn.Module):
     """Log-mel features of a padded batch. Sizes in milliseconds, so that they mean the same at every sample rate.
 
@@ -196,6 +208,11 @@ class LogMel(nn.Module):
     ):
         super().__init__()
         self.settings = dict(sample_rate=sample_rate, n_bins=n_bins, window_ms=window_ms, hop_ms=hop_ms, n_fft=n_fft, f_min=f_min, f_max=f_max, floor=floor)
+        if round(sample_rate * hop_ms / 1000) < 1 or not 2 <= round(sample_rate * window_ms / 1000) <= n_fft or n_fft % 2:
+            raise ValueError(
+                f"a window of {window_ms} ms and a hop of {hop_ms} ms at {sample_rate} Hz with n_fft={n_fft}: "
+                "the hop needs at least 1 sample, the window 2 to n_fft, and n_fft must be even"
+            )
         self.sample_rate, self.window_ms, self.hop_ms, self.n_bins, self.floor = sample_rate, window_ms, hop_ms, n_bins, floor
         self.hop = round(sample_rate * hop_ms / 1000)
         # Not persistent: they follow from the settings, and weights of a model should not change with them.
@@ -208,10 +225,9 @@ class LogMel(nn.Module):
         _checked_lengths(waveforms, lengths)
         feature_lengths = n_frames(lengths, len(self.window), self.hop)
         features = log_mel(waveforms, window=self.window, hop=self.hop, bank=self.bank, floor=self.floor)
-        beyond = torch.arange(features.shape[1], device=features.device) >= feature_lengths[:, None]
-        return features.masked_fill(beyond[..., None], 0.0), feature_lengths
+        return _without_padding(features, feature_lengths), feature_lengths
 
-# %% ../../nbs/sound/02_features.ipynb #39eeaff2
+# %% ../../nbs/sound/02_features.ipynb #09182c25
 def plot_spectrogram(features: Float[Tensor, "frames bins"], *, hop_ms: float = 10.0, ax=None):
     """Draw features as a picture: time to the right, pitch upwards, energy as brightness.
 
@@ -228,24 +244,36 @@ def plot_spectrogram(features: Float[Tensor, "frames bins"], *, hop_ms: float = 
 
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 2.6))
-    picture = features.detach().cpu().T
+    picture = features.detach().cpu().T.numpy()
     ax.imshow(picture, origin="lower", aspect="auto", interpolation="nearest", extent=(0, len(features) * hop_ms / 1000, 0, features.shape[1]))
     ax.set(xlabel="time (s)", ylabel="mel bin")
     return ax
 
-# %% ../../nbs/sound/02_features.ipynb #77b6e422
+# %% ../../nbs/sound/02_features.ipynb #c90e4964
 KALDI_FLOOR = torch.finfo(torch.float32).eps
 
 
-def _kaldi_mirrored(waveform: Tensor, window: int, hop: int) -> Tensor:
-    """Pad as Kaldi does for `snip_edges=False`: round(samples / hop) frames, centred, mirrored at both ends."""
-    samples = waveform.shape[-1]
-    wanted = (samples + hop // 2) // hop
-    left = window // 2 - hop // 2
-    right = (wanted - 1) * hop + window - left - samples
-    index = torch.arange(-left, samples + right, device=waveform.device)
-    index = index % (2 * samples)  # a mirror at each end repeats after two lengths
-    return waveform[..., torch.where(index < samples, index, 2 * samples - 1 - index)]
+def _kaldi_sizes(sample_rate: int, window_ms: float, hop_ms: float) -> tuple[int, int, int]:
+    """Window, hop and n_fft in samples; Kaldi cuts fractions off instead of rounding."""
+    window, hop = int(sample_rate * window_ms * 0.001), int(sample_rate * hop_ms * 0.001)
+    if window < 2 or hop < 1:
+        raise ValueError(f"{window_ms} ms and {hop_ms} ms at {sample_rate} Hz are {window} and {hop} samples; the window needs at least 2, the hop 1")
+    return window, hop, 2 ** math.ceil(math.log2(window))
+
+
+def _kaldi_mirrored(waveforms: Tensor, lengths: Tensor, window: int, hop: int) -> Tensor:
+    """Pad as Kaldi does for `snip_edges=False`: round(samples / hop) frames, centred, each utterance mirrored at its own two ends."""
+    wanted = int((lengths.max() + hop // 2) // hop)
+    place = torch.arange((wanted - 1) * hop + window, device=waveforms.device) - (window // 2 - hop // 2)
+    place = place % (2 * lengths[:, None])  # a mirror at each end repeats after two lengths
+    return waveforms.gather(1, torch.where(place < lengths[:, None], place, 2 * lengths[:, None] - 1 - place))
+
+
+def _kaldi_features(frames: Tensor, window: Tensor, bank: Tensor, preemphasis: float) -> Tensor:
+    frames = frames - frames.mean(dim=-1, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+    power = power_spectrum((frames - preemphasis * before) * window, 2 * (len(bank) - 1))
+    return torch.log((power[..., :-1] @ bank[:-1]).clamp(min=KALDI_FLOOR))
 
 
 def kaldi_fbank(
@@ -277,49 +305,57 @@ def kaldi_fbank(
 
     Chapter: sound/02_features.
     """
-    window, hop = round(sample_rate * window_ms / 1000), round(sample_rate * hop_ms / 1000)
-    n_fft = 2 ** math.ceil(math.log2(window))
+    window, hop, n_fft = _kaldi_sizes(sample_rate, window_ms, hop_ms)
     if not snip_edges:
-        waveform = _kaldi_mirrored(waveform, window, hop)
-    frames = frame_signal(waveform, window, hop)
-    frames = frames - frames.mean(dim=-1, keepdim=True)
-    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = (frames - preemphasis * before) * window_function(kind, window).to(waveform)
+        flat = waveform.reshape(-1, waveform.shape[-1])
+        lengths = torch.full(flat.shape[:1], flat.shape[1], device=flat.device)
+        waveform = _kaldi_mirrored(flat, lengths, window, hop).reshape(*waveform.shape[:-1], -1)
     bank = mel_filter_bank(n_bins, n_fft, sample_rate, f_min=f_min, f_max=f_max, straight_in="mel").to(waveform)
-    power = power_spectrum(frames, n_fft)[..., :-1] @ bank[:-1]
-    return torch.log(power.clamp(min=KALDI_FLOOR))
+    return _kaldi_features(frame_signal(waveform, window, hop), window_function(kind, window).to(waveform), bank, preemphasis)
 
 
 class KaldiFbank(nn.Module):
-    """`kaldi_fbank` of a padded batch, with the interface of `LogMel`; only whole frames, so padding never enters.
+    """`kaldi_fbank` of a padded batch, with the interface of `LogMel` and the arguments of `kaldi_fbank`.
 
-    Args:
-        sample_rate: in hertz.
-        n_bins: mel bins.
-        settings: further keyword arguments of `kaldi_fbank`, except `snip_edges`.
+    With `snip_edges=False` each utterance is mirrored at its own end, so padding enters neither way.
 
     Chapter: sound/02_features.
     """
 
-    def __init__(self, sample_rate: int = 16_000, n_bins: int = 80, **settings):
+    def __init__(
+        self, sample_rate: int = 16_000, n_bins: int = 80, window_ms: float = 25.0, hop_ms: float = 10.0, kind: str = "povey",
+        f_min: float = 20.0, f_max: float | None = None, preemphasis: float = 0.97, snip_edges: bool = True,
+    ):
         super().__init__()
-        if "snip_edges" in settings:
-            raise ValueError("KaldiFbank always keeps whole frames (snip_edges=True): mirrored ends would read the padding of shorter utterances")
-        self.settings = dict(sample_rate=sample_rate, n_bins=n_bins, **settings)
-        self.sample_rate, self.n_bins = sample_rate, n_bins
-        self.window_ms, self.hop_ms = settings.get("window_ms", 25.0), settings.get("hop_ms", 10.0)
+        self.settings = dict(
+            sample_rate=sample_rate, n_bins=n_bins, window_ms=window_ms, hop_ms=hop_ms, kind=kind, f_min=f_min, f_max=f_max,
+            preemphasis=preemphasis, snip_edges=snip_edges,
+        )
+        if not 0 <= preemphasis <= 1:
+            raise ValueError(f"preemphasis is {preemphasis}; expected 0 (none) to 1")
+        self.sample_rate, self.n_bins, self.window_ms, self.hop_ms = sample_rate, n_bins, window_ms, hop_ms
+        self.preemphasis, self.snip_edges = preemphasis, snip_edges
+        window, self.hop, n_fft = _kaldi_sizes(sample_rate, window_ms, hop_ms)
+        self.register_buffer("window", window_function(kind, window), persistent=False)
+        self.register_buffer("bank", mel_filter_bank(n_bins, n_fft, sample_rate, f_min=f_min, f_max=f_max, straight_in="mel"), persistent=False)
 
     def forward(
         self, waveforms: Float[Tensor, "batch samples"], lengths: Int[Tensor, "batch"]
     ) -> tuple[Float[Tensor, "batch frames bins"], Int[Tensor, "batch"]]:
         _checked_lengths(waveforms, lengths)
-        window, hop = (round(self.sample_rate * ms / 1000) for ms in (self.window_ms, self.hop_ms))
-        feature_lengths = n_frames(lengths, window, hop)
-        features = kaldi_fbank(waveforms, **self.settings)
-        beyond = torch.arange(features.shape[1], device=features.device) >= feature_lengths[:, None]
-        return features.masked_fill(beyond[..., None], 0.0), feature_lengths
+        if self.snip_edges:
+            feature_lengths = n_frames(lengths, len(self.window), self.hop)
+        else:
+            feature_lengths = (lengths + self.hop // 2) // self.hop
+            if (feature_lengths < 1).any():
+                worst = int(lengths.argmin())
+                raise ValueError(f"utterance {worst} of the batch has {int(lengths[worst])} samples, less than half a hop of {self.hop}: not one frame. Drop it.")
+            waveforms = _kaldi_mirrored(waveforms, lengths, len(self.window), self.hop)
+        frames = frame_signal(waveforms, len(self.window), self.hop)
+        features = _kaldi_features(frames, self.window.to(frames), self.bank.to(frames), self.preemphasis)
+        return _without_padding(features, feature_lengths), feature_lengths
 
-# %% ../../nbs/sound/02_features.ipynb #8317a8f9
+# %% ../../nbs/sound/02_features.ipynb #a9be709b
 def normalise_utterance(
     features: Float[Tensor, "batch frames bins"], feature_lengths: Int[Tensor, "batch"], *, floor: float = 0.1
 ) -> Float[Tensor, "batch frames bins"]:
@@ -345,7 +381,8 @@ def normalise_utterance(
     count = feature_lengths[:, None, None].to(features.dtype)
     mean = features.where(valid, 0.0).sum(dim=1, keepdim=True) / count
     centred = (features - mean).where(valid, 0.0)
-    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    # The root of 0 has no slope: a constant bin would turn gradients into NaN.
+    deviation = (centred.square().sum(dim=1, keepdim=True) / count).clamp(min=1e-12).sqrt()
     return centred / (deviation + floor)
 
 # %% ../../nbs/sound/02_features.ipynb #7f8da007
