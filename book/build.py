@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import speechlearn_book as book  # noqa: E402
 
 CELL_TIMEOUT_S = 600
+ANSI = r"\x1b\[[0-9;]*m"  # colours of tracebacks, unreadable in a log
 OVERRUN = 1.5  # a chapter may take half as long again as its front matter states
 
 
@@ -30,10 +32,15 @@ def execute(path: Path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],  # each kernel would warn that it speaks TCP on this machine
+    )
     start = time.perf_counter()
     client.execute()
-    return notebook, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    notebook.metadata.pop("language_info", None)  # added by the kernel; the cache compares metadata with the file's
+    return notebook, seconds
 
 
 def execute_changed() -> dict[str, float]:
@@ -84,7 +91,7 @@ def execute_changed() -> dict[str, float]:
     if todo:
         print(f"executed {len(todo)} notebooks in {time.perf_counter() - start:.0f} s")
     for name, error in failed:
-        print(f"\n{name} failed:\n{error}", file=sys.stderr)
+        print(f"\n{name} failed:\n{re.sub(ANSI, '', str(error))}", file=sys.stderr)
     if failed:
         raise SystemExit(f"{len(failed)} notebooks failed: {', '.join(name for name, _ in failed)}")
     return seconds

@@ -105,8 +105,10 @@ def outputs_key() -> str:
         digest.update(f"{path.relative_to(ROOT)}\0".encode())
         digest.update(path.read_bytes() if path.exists() else b"")
     digest.update(f"{platform.python_version()} {platform.machine()} {platform.system()}".encode())
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):  # pages read stored results
+        digest.update(path.read_bytes())
     fsdd = os.environ.get("SPEECHLEARN_FSDD", "")
-    digest.update(fsdd.encode())
+    digest.update(f"{fsdd} {os.environ.get('SPEECHLEARN_QUICK', '')}".encode())
     if fsdd:
         for path in sorted(Path(fsdd).rglob("*.wav")):
             digest.update(f"{path.name} {path.stat().st_size}".encode())

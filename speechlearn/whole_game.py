@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FirstRecogniserConfig', 'LocalMixer', 'FirstRecogniser', 'spikes', 'words_of', 'plot_letters']
 
-# %% ../nbs/00_whole_game.ipynb #6feb888c
+# %% ../nbs/00_whole_game.ipynb #6c1072a0
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data.batches import check_alignable, is_padding
+from .data.batches import is_padding, unalignable
 
 # %% ../nbs/00_whole_game.ipynb #59f5a33a
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LocalMixer(nn.Module):
         y = F.silu(self.convolution(y.transpose(1, 2)).transpose(1, 2))
         return x + self.dropout(self.project(y))
 
-# %% ../nbs/00_whole_game.ipynb #7ee577b1
+# %% ../nbs/00_whole_game.ipynb #a0fbfe67
 class FirstRecogniser(nn.Module):
     """Features to log-probabilities, from library parts: convolutions, torch's Transformer layers, a linear output.
 
@@ -109,21 +109,30 @@ class FirstRecogniser(nn.Module):
         x, lengths = features.transpose(1, 2), feature_lengths
         for convolution in self.front:
             x = F.gelu(convolution(x.masked_fill(is_padding(lengths, x.shape[2])[:, None], 0.0)))
-            lengths = (lengths + 1) // 2
+            lengths = (lengths + 1) // 2  # what a convolution with stride 2, kernel 3 and padding 1 leaves
         x = x.transpose(1, 2)  # (batch, steps, d_model)
         padding = is_padding(lengths, x.shape[1])
         for mixer, layer in zip(self.mixers, self.layers):
             x = layer(mixer(x, padding), src_key_padding_mask=padding)
         return self.output(self.norm(x)).log_softmax(dim=-1), lengths
 
-    def loss(self, batch) -> Tensor:
-        """CTC loss of a `speechlearn.data.batches.Batch`, per utterance divided by its number of symbols, averaged.
+    def loss(self, batch) -> dict[str, Tensor]:
+        """CTC loss of a `speechlearn.data.batches.Batch`: per utterance divided by its symbols, then averaged.
 
-        Raises: ValueError: an utterance has fewer steps than its text needs.
+        An utterance with fewer steps than its text needs (faster speech can do that) has no path and an infinite loss. It is left out,
+        and counted in "too_short".
+
+        Returns: "loss", and "too_short", the fraction of the batch that was left out.
+
+        Raises: ValueError: no utterance of the batch can be aligned.
         """
-        log_probs, lengths = self(batch.features, batch.feature_lengths)
-        check_alignable(lengths, batch.targets, batch.target_lengths, batch.ids, tolerated=0.0)
-        return F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths, blank=0)
+        log_probs, steps = self(batch.features, batch.feature_lengths)
+        short = unalignable(steps, batch.targets, batch.target_lengths)
+        if short.all():
+            raise ValueError(f"no utterance of the batch ({', '.join(batch.ids[:3])}, …) has as many steps of 40 ms as its text needs; use larger symbols, or slower speech")
+        # zero_infinity: the losses of the short ones are not used, but without it their gradients would be NaN.
+        losses = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, steps, batch.target_lengths, blank=0, reduction="none", zero_infinity=True)
+        return {"loss": (losses / batch.target_lengths)[~short].mean(), "too_short": short.float().mean()}
 
     @torch.no_grad()
     def recognise(self, features, feature_lengths, vocabulary) -> list[list[tuple[str, int, int]]]:
