@@ -5,6 +5,7 @@
 """
 import argparse
 import asyncio
+import copy
 import json
 import os
 import re
@@ -32,14 +33,16 @@ def execute(path: Path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
+    metadata = copy.deepcopy(notebook.metadata)
     client = NotebookClient(
         notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,  # written into the cells, it would hide them from the cache
         extra_arguments=["--IPKernelApp.log_level=40"],  # each kernel would warn that it speaks TCP on this machine
     )
     start = time.perf_counter()
     client.execute()
     seconds = time.perf_counter() - start
-    notebook.metadata.pop("language_info", None)  # added by the kernel; the cache compares metadata with the file's
+    notebook.metadata = metadata  # the kernel adds to it; the cache compares it with the file's
     return notebook, seconds
 
 

@@ -205,7 +205,7 @@ def evaluate(recogniser: Recogniser, corpus: Corpus, *, progress=None) -> Evalua
         references=tuple(references), hypotheses=tuple(hypotheses),
     )
 
-# %% ../nbs/workshop/recogniser.ipynb #bb16309b
+# %% ../nbs/workshop/recogniser.ipynb #59693fd8
 def plot_transcript(waveform: Float[Tensor, "samples"], transcript: Transcript, sample_rate: int, *, truth=(), ax=None):
     """Spectrogram with the recognised words placed in time; above them, if given, the true words.
 
@@ -213,7 +213,7 @@ def plot_transcript(waveform: Float[Tensor, "samples"], transcript: Transcript, 
         waveform: mono.
         transcript: from `Recogniser.transcribe`.
         sample_rate: in hertz.
-        truth: `Word`s with their true times, drawn in a second row.
+        truth: `Word` objects with their true times, drawn in a second row.
         ax: where to draw; a new figure when None.
 
     Returns: the axes.
