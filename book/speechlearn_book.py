@@ -430,11 +430,21 @@ def readable_signature(app, what, name, obj, options, signature, return_annotati
     return f"({ast.unparse(arguments)})", returns
 
 
+def without_thebe(app, pagename, templatename, context, doctree):
+    """The theme's live-code add-on, which this book does not use, declares its constants twice: a script error on every page."""
+
+    def is_thebe(script) -> bool:
+        return "thebe" in f"{getattr(script, 'filename', '')} {getattr(script, 'attributes', {}).get('body', '')}".lower()
+
+    context["script_files"] = [script for script in context.get("script_files", []) if not is_thebe(script)]
+
+
 def setup(app):
     app.connect("config-inited", _forget_before_reading, priority=100)
     app.connect("doctree-read", strip_directives)
     app.connect("doctree-read", add_chapter_card)
     app.connect("doctree-resolved", fill_indexes)
+    app.connect("html-page-context", without_thebe, priority=900)
     app.connect("env-purge-doc", _forget_boxes)
     app.connect("env-merge-info", _merge_boxes)
     app.connect("env-updated", _indexes_follow_chapters)

@@ -47,9 +47,9 @@ def quick() -> bool:
     """
     return os.environ.get("SPEECHLEARN_QUICK") == "1"
 
-# %% ../nbs/workshop/exercises.ipynb #2322619e
+# %% ../nbs/workshop/exercises.ipynb #41cd2099
 KINDS = ("predict", "repair", "build", "explore")
-_HEADING = re.compile(r"### Exercise (?P<number>[\w.]+): (?P<title>.+)")
+_HEADING = re.compile(r"^### Exercise (?P<number>[\w.]+): (?P<title>.+)", re.M)
 _LABEL = re.compile(r"\*(?P<kind>\w+) · difficulty (?P<difficulty>[123]) of 3 · (?P<minutes>\d+) minutes?\*")
 
 
@@ -84,9 +84,9 @@ def exercises_of(notebook: dict) -> list[Exercise]:
     Chapter: workshop/exercises.
     """
     cells, found = notebook["cells"], []
-    starts = [i for i, cell in enumerate(cells) if cell["cell_type"] == "markdown" and _HEADING.match(_source(cell))]
+    starts = [i for i, cell in enumerate(cells) if cell["cell_type"] == "markdown" and _HEADING.search(_source(cell))]
     for start in starts:
-        heading = _HEADING.match(_source(cells[start]))
+        heading = _HEADING.search(_source(cells[start]))
         name = f"exercise {heading['number']}"
         label = _LABEL.search(_source(cells[start]))
         if not label or label["kind"] not in KINDS:

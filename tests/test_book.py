@@ -91,8 +91,8 @@ def test_no_raw_directives_and_no_errors(page):
 def test_every_picture_and_sound_has_words(page):
     reader = read(page)
     for image in reader.images:
-        if "logo" in image.get("class", ""):
-            continue
+        if "_static/images/logo_" in image.get("src", ""):
+            continue  # the theme's own buttons
         alt = image.get("alt", "")
         assert len(alt.split()) >= 3, f"picture without alt text: {image.get('src', '')[:60]} alt={alt!r}"
         assert not alt.startswith("../_images"), "the alt text is a file name"

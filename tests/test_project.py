@@ -98,6 +98,8 @@ def test_constraints_satisfy_the_ranges():
     wanted = [*project["dependencies"]] + [r for extra in project["optional-dependencies"].values() for r in extra]
     for text in wanted:
         requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
         name = requirement.name.lower().replace("_", "-")
         assert name in pins, f"{name} has no pin in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{name}: pinned {pins[name]}, wanted {requirement.specifier}"
