@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# %% ../nbs/workshop/cli.ipynb #60336096
+# %% ../nbs/workshop/cli.ipynb #3cbaa3fb
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -25,6 +25,8 @@ class Recipe:
     utterances: int = _setting(4000, "training utterances of each corpus")
     vocabulary: str = _setting("words", "words (digits only) or letters")
     augment: bool = _setting(True, "change the sound by chance in training")
+    telephone: float = _setting(0.5, "part of the utterances that is limited to 4 kHz, as a telephone does")
+    fastest: float = _setting(1.5, "utterances are played up to so much faster")
     d_model: int = _setting(96, "numbers that describe one moment")
     n_layers: int = _setting(3, "layers")
     steps: int = _setting(1200, "optimiser steps")
@@ -43,6 +45,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.vocabulary not in ("words", "letters"):
             raise ValueError(f"vocabulary is {self.vocabulary!r}; choose words or letters")
+        if not 0 <= self.telephone <= 1 or not 1 <= self.fastest <= 2:
+            raise ValueError(f"telephone is {self.telephone} (expected 0 to 1) and fastest {self.fastest} (expected 1 to 2)")
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}; it must lie between 0 and 1, for instance 0.99")
 
@@ -75,7 +79,7 @@ def read_settings(path: str | Path) -> dict:
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 
-# %% ../nbs/workshop/cli.ipynb #288092ae
+# %% ../nbs/workshop/cli.ipynb #d330d987
 def make_model(recipe: Recipe):
     """(model, vocabulary) of a recipe, with weights drawn from its seed.
 
@@ -128,7 +132,8 @@ def run_training(recipe: Recipe, directory: str | Path, *, resume: bool = False,
         torch.set_num_threads(recipe.threads)
     model, vocabulary = make_model(recipe)
     features = LogMel()
-    training = SpeechDataset(load_mixture(recipe, "train", recipe.utterances), features, vocabulary, augment=Augment() if recipe.augment else None, seed=recipe.seed, keep=not recipe.augment)
+    augment = Augment(p_band_limit=recipe.telephone, p_speed=0.8, speed=(0.85, recipe.fastest)) if recipe.augment else None
+    training = SpeechDataset(load_mixture(recipe, "train", recipe.utterances), features, vocabulary, augment=augment, seed=recipe.seed, keep=not recipe.augment)
     held_out = SpeechDataset(load_mixture(recipe, "dev", 100), features, vocabulary, keep=True)
     config = TrainConfig(
         n_steps=recipe.steps, learning_rate=recipe.learning_rate, warmup_steps=min(recipe.warmup_steps, recipe.steps // 2), validate_every=recipe.validate_every,

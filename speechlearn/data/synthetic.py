@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['SLOTS', 'TEMPLATES', 'ACCENTS', 'TEST_VOICES', 'DEV_VOICES', 'TRAIN_VOICES', 'FAMILIES', 'SPLITS', 'SHARD', 'SIZES',
            'CORPORA', 'count_sentences', 'fill', 'draw_sentence', 'split_of_sentence', 'draw_request', 'cache_folder',
-           'ShardPart', 'make_corpus', 'write_sampler', 'sampler', 'load_corpus']
+           'ShardPart', 'WithPauses', 'with_pauses', 'make_corpus', 'write_sampler', 'sampler', 'load_corpus']
 
-# %% ../../nbs/data/04b_synthetic.ipynb #ed16d98e
+# %% ../../nbs/data/04b_synthetic.ipynb #449a2aac
 import hashlib
 import json
 import math
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import soundfile
@@ -207,7 +207,7 @@ def draw_request(kind: str, split: str, index: int, seed: int = 0) -> Request:
     # Slower than espeak-ng's default of 175 words per minute: people speak about 14 characters a second.
     return Request(text, f"{draw.choice(ACCENTS)}+{draw.choice(voices)}", draw.randint(95, 165), draw.randint(20, 80), draw.randint(20, 80))
 
-# %% ../../nbs/data/04b_synthetic.ipynb #26da22a8
+# %% ../../nbs/data/04b_synthetic.ipynb #2cead0a7
 SHARD = 100
 SIZES = {  # kind -> default number of utterances by split
     "tiny": {"train": 64, "dev": 16, "test": 16},
@@ -247,6 +247,45 @@ class ShardPart:
         if len(audio) < self.samples:
             raise AudioError(f"{self.path!r} ends before its utterance does; delete it, and it is made again")
         return resample(torch.from_numpy(audio), rate, sample_rate)
+
+
+@dataclass(frozen=True)
+class WithPauses:
+    """Another source with pauses put in at some places. Times in seconds."""
+
+    source: object
+    places: tuple[float, ...]
+    pauses: tuple[float, ...]
+
+    def read(self, sample_rate: int) -> Float[Tensor, "samples"]:
+        waveform, parts, done = self.source.read(sample_rate), [], 0
+        for place, pause in zip(self.places, self.pauses):
+            cut = round(place * sample_rate)
+            parts += [waveform[done:cut], torch.zeros(round(pause * sample_rate))]
+            done = cut
+        return torch.cat([*parts, waveform[done:]])
+
+
+def with_pauses(utterance: Utterance, draw: random.Random, *, share: float = 0.8, longest: float = 0.3) -> Utterance:
+    """The same utterance with pauses between its words, as people make them who read out numbers.
+
+    Args:
+        utterance: with known word times.
+        draw: the source of chance.
+        share: so many utterances get pauses; the others stay as they are.
+        longest: pauses are 0.02 s to this, in seconds.
+
+    Chapter: data/04b_synthetic.
+    """
+    if draw.random() >= share or len(utterance.words) < 2:
+        return utterance
+    places = tuple(word.start for word in utterance.words[1:])
+    pauses = tuple(draw.uniform(0.02, longest) for _ in places)
+    words, shift = [], 0.0
+    for word, pause in zip(utterance.words, (0.0, *pauses)):
+        shift += pause
+        words.append(Word(word.text, round(word.start + shift, 4), round(word.end + shift, 4)))
+    return replace(utterance, seconds=utterance.seconds + sum(pauses), source=WithPauses(utterance.source, places, pauses), words=tuple(words))
 
 
 def _fingerprint(requests: Sequence[Request], seed: int) -> str:
@@ -331,12 +370,11 @@ def make_corpus(
         for j, (request, part) in enumerate(zip(requests, index["utterances"])):
             i = number * size + j
             if i < n:
-                utterances.append(
-                    Utterance(
-                        f"{kind}-{split}-{seed}-{i:05d}", request.text, request.voice, part["samples"] / 16_000,
-                        ShardPart(str(path.with_suffix(".flac")), part["start"], part["samples"]), tuple(Word(*word) for word in part["words"]),
-                    )
+                utterance = Utterance(
+                    f"{kind}-{split}-{seed}-{i:05d}", request.text, request.voice, part["samples"] / 16_000,
+                    ShardPart(str(path.with_suffix(".flac")), part["start"], part["samples"]), tuple(Word(*word) for word in part["words"]),
                 )
+                utterances.append(with_pauses(utterance, random.Random(f"pauses {split} {seed} {i}")) if kind == "digits" else utterance)
     return Corpus(kind, split, utterances)
 
 # %% ../../nbs/data/04b_synthetic.ipynb #be40d6fa
