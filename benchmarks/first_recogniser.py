@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="RUN")
     parser.add_argument("--fsdd", default=os.environ.get("SPEECHLEARN_FSDD"))
     parser.add_argument("--runs", default="runs", help="folder for checkpoints")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     speakers = sorted({clip.speaker for clip in fsdd_clips(args.fsdd)}) if args.fsdd else []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..sound.waveform import resample
 
-# %% ../../nbs/data/04c_augment.ipynb #78b4e008
+# %% ../../nbs/data/04c_augment.ipynb #4f3b6f5b
 def _power(x: Tensor) -> Tensor:
     return x.square().mean()
 
@@ -36,7 +36,7 @@ def pink_noise(samples: int, *, generator: torch.Generator | None = None) -> Flo
     return noise / _power(noise).sqrt()
 
 
-def add_noise(waveform: Float[Tensor, "samples"], noise: Float[Tensor, "samples"], snr_db: float) -> Float[Tensor, "samples"]:
+def add_noise(waveform: Float[Tensor, "samples"], noise: Float[Tensor, "noise_samples"], snr_db: float) -> Float[Tensor, "samples"]:
     """Add noise so that the signal-to-noise ratio is `snr_db`.
 
     Args:

@@ -172,7 +172,7 @@ def mix_down(channels: Float[Tensor, "channels samples"]) -> Float[Tensor, "samp
         raise AudioError(f"mix_down got {channels.shape[0]} channels of {channels.shape[1]} samples; the axes are probably swapped, call .T first")
     return channels.mean(dim=0)
 
-# %% ../../nbs/sound/01_waveforms.ipynb #d0009405
+# %% ../../nbs/sound/01_waveforms.ipynb #2ca111fa
 @dataclass(frozen=True)
 class AudioInfo:
     """What the header of a sound file says."""
@@ -200,7 +200,8 @@ def _open(path: Path) -> soundfile.SoundFile:
         return soundfile.SoundFile(path)
     except (soundfile.LibsndfileError, OSError) as error:
         try:
-            beginning = path.open("rb").read(12)
+            with path.open("rb") as raw:
+                beginning = raw.read(12)
         except PermissionError:
             raise AudioError(f"{str(path)!r} cannot be read: permission denied. Change its rights, or copy it.") from error
         raise AudioError(
