@@ -1,5 +1,11 @@
 """text: vocabularies, cleaning, error rates."""
+import copy
+import doctest
 import json
+import pickle
+import subprocess
+import sys
+from functools import lru_cache
 
 import jiwer
 import pytest
@@ -7,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import speechlearn.text
 from speechlearn.text import (
     CharacterVocabulary, SubwordVocabulary, WordVocabulary, character_error_rate, edit_distance, edit_table, error_rate, normalise_text,
-    vocabulary_from_dict, word_error_rate,
+    plot_edit_table, vocabulary_from_dict, word_error_rate,
 )
 
 SENTENCES = [f"turn {s} the {r} {d}" for s in ("on", "off") for r in ("kitchen", "bedroom", "garage") for d in ("light", "fan", "heater")]
@@ -156,3 +163,179 @@ def test_error_rate_of_a_corpus_is_no_mean_of_utterances():
         word_error_rate(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="expected 'word' or 'character'"):
         error_rate(["a"], ["a"], unit="letter")
+
+
+def fewest_edits(reference, hypothesis):
+    """The oracle: try every possibility, with nothing shared with the table."""
+
+    @lru_cache(maxsize=None)
+    def from_here(i, j):
+        if i == len(reference) or j == len(hypothesis):
+            return len(reference) - i + len(hypothesis) - j
+        kept = from_here(i + 1, j + 1) + (reference[i] != hypothesis[j])
+        return min(kept, from_here(i + 1, j) + 1, from_here(i, j + 1) + 1)
+
+    return from_here(0, 0)
+
+
+SHORT = st.text(alphabet="abc", max_size=6)
+
+
+@given(SHORT, SHORT)
+def test_edit_distance_equals_trying_everything(a, b):
+    assert edit_distance(a, b).edits == fewest_edits(a, b)
+
+
+@given(SHORT, SHORT, SHORT)
+def test_edit_distance_is_a_distance(a, b, c):
+    def between(x, y):
+        return edit_distance(x, y).edits
+
+    assert (between(a, b) == 0) == (a == b)
+    assert between(a, c) <= between(a, b) + between(b, c)
+    assert abs(len(a) - len(b)) <= between(a, b) <= max(len(a), len(b))
+
+
+def test_pairs_spell_out_the_counts():
+    alignment = edit_distance("kitten", "sitting")
+    kinds = [("D" if h is None else "I" if r is None else "H" if r == h else "S") for r, h in alignment.pairs]
+    assert "".join(kinds) == "SHHHSHI"
+    assert (alignment.hits, alignment.substitutions, alignment.deletions, alignment.insertions) == (4, 2, 0, 1)
+
+
+def test_ties_prefer_substitutions_from_the_end():
+    # Two edits either way: two substitutions, or one deletion and one insertion around a hit. Ours is the first; the sum is what counts.
+    ours, theirs = edit_distance(["a", "b"], ["b", "a"]), jiwer.process_words("a b", "b a")
+    assert (ours.substitutions, ours.deletions, ours.insertions) == (2, 0, 0)
+    assert ours.edits == theirs.substitutions + theirs.deletions + theirs.insertions
+    assert edit_distance("aa", "a").pairs == (("a", None), ("a", "a"))
+    assert edit_distance("a", "aa").pairs == ((None, "a"), ("a", "a"))
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(WORDS.filter(str.strip), WORDS), min_size=1, max_size=4))
+def test_edits_of_a_corpus_equal_jiwer(pairs):
+    references, hypotheses = [r for r, _ in pairs], [h for _, h in pairs]
+    for unit, process in (("word", jiwer.process_words), ("character", jiwer.process_characters)):
+        ours, theirs = error_rate(references, hypotheses, unit=unit), process(references, hypotheses)
+        assert ours.substitutions + ours.deletions + ours.insertions == theirs.substitutions + theirs.deletions + theirs.insertions
+        # Deletions minus insertions is the difference of the lengths, however a tie is broken.
+        assert ours.deletions - ours.insertions == theirs.deletions - theirs.insertions
+        assert ours.n_reference == theirs.hits + theirs.substitutions + theirs.deletions
+
+
+def test_error_rate_counts_each_kind():
+    rate = error_rate(["a b c", "d", "e f"], ["a x c", "", "e f g h"])
+    assert (rate.substitutions, rate.deletions, rate.insertions, rate.n_reference) == (1, 1, 2, 6)
+    assert rate.rate == pytest.approx(4 / 6)
+
+
+def test_empty_references():
+    # Inside a corpus an empty reference adds its insertions, in jiwer as well. Alone it has no rate; jiwer calls it 0 or 1.
+    assert word_error_rate(["a", ""], ["a", "x y"]) == jiwer.wer(["a", ""], ["a", "x y"]) == 2
+    assert character_error_rate(["a", ""], ["a", "xy"]) == jiwer.cer(["a", ""], ["a", "xy"]) == 2
+    for hypothesis in ("", "a"):
+        for measure, unit in ((word_error_rate, "words"), (character_error_rate, "characters")):
+            with pytest.raises(ValueError, match=f"the references hold no {unit}"):
+                measure([" "], [hypothesis])
+    with pytest.raises(ValueError, match="the references hold no words"):
+        word_error_rate([], [])
+
+
+def test_white_space_in_error_rates():
+    assert word_error_rate([" a  b\n"], ["a b"]) == 0
+    assert word_error_rate(["a\tb"], ["a b"]) == 0
+    assert character_error_rate([" ab "], ["ab"]) == 0
+    assert character_error_rate(["a b"], ["ab"]) == pytest.approx(1 / 3)
+
+
+def test_documented_examples_are_true():
+    result = doctest.testmod(speechlearn.text)
+    assert result.attempted >= 4 and result.failed == 0
+
+
+def test_heavy_libraries_are_imported_late():
+    code = "import sys, speechlearn.text; print([m for m in ('sentencepiece', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_missing_sentencepiece_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert CharacterVocabulary().encode("a")
+    with pytest.raises(ImportError, match="pip install sentencepiece"):
+        SubwordVocabulary.train(SENTENCES, 50)
+
+
+def test_training_leaves_no_files_and_takes_any_iterable(subwords, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert SubwordVocabulary.train((sentence for sentence in SENTENCES), 50) == subwords
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_subwords_and_unknown_characters(subwords):
+    drop, replace = (SubwordVocabulary(subwords.model, unknown=policy) for policy in ("drop", "replace"))
+    known = subwords.encode("turn on")
+    assert replace.encode("turn on €")[-1] == replace.unk and replace.decode(replace.encode("turn on €")) == "turn on \ufffd"
+    assert replace.unk not in drop.encode("turn on €") and drop.encode("turn on €")[: len(known)] == known
+    with pytest.raises(ValueError, match="'€' in 'turn €'"):
+        subwords.encode("turn €")
+
+
+def test_words_and_unknown_words():
+    assert WordVocabulary(unknown="drop").encode("one ten two") == WordVocabulary().encode("one two")
+    replace = WordVocabulary(unknown="replace")
+    assert replace.encode("one ten")[1] == replace.unk and replace.decode(replace.encode("one ten")) == "one \ufffd"
+    assert WordVocabulary().encode("  one   two ") == WordVocabulary().encode("one two")
+
+
+def test_the_policy_belongs_to_the_description():
+    for vocabulary in (CharacterVocabulary(unknown="drop"), WordVocabulary(unknown="replace")):
+        assert vocabulary_from_dict(vocabulary.to_dict()).unknown == vocabulary.unknown
+    assert CharacterVocabulary() != CharacterVocabulary(unknown="drop")
+    assert CharacterVocabulary("ab") != CharacterVocabulary("ba") and CharacterVocabulary("ab") != WordVocabulary(["a", "b"])
+
+
+def test_description_is_not_changed_by_reading():
+    values = CharacterVocabulary("abc").to_dict()
+    vocabulary_from_dict(values)
+    assert values == {"kind": "characters", "characters": "abc", "unknown": "error"}
+
+
+def test_vocabularies_can_go_to_workers(subwords):
+    for vocabulary in (CharacterVocabulary(), WordVocabulary(), subwords):
+        for again in (pickle.loads(pickle.dumps(vocabulary)), copy.deepcopy(vocabulary)):
+            assert again == vocabulary and again.symbols == vocabulary.symbols
+    assert pickle.loads(pickle.dumps(subwords)).encode(SENTENCES[0]) == subwords.encode(SENTENCES[0])
+
+
+@given(st.lists(LETTERS.filter(bool), min_size=1, max_size=5))
+def test_rows_of_a_batch_decode_to_their_texts(texts):
+    vocabulary = CharacterVocabulary()
+    batch, lengths = vocabulary.encode_batch(texts)
+    assert batch.shape == (len(texts), max(map(len, texts))) and lengths.dtype == torch.int64
+    assert [vocabulary.decode(row.tolist()) for row in batch] == texts
+    assert (batch == vocabulary.pad).sum() == batch.numel() - lengths.sum()
+
+
+def test_a_text_that_loses_everything_is_named():
+    with pytest.raises(ValueError, match="text 1 of the batch, '12', has no symbols"):
+        CharacterVocabulary(unknown="drop").encode_batch(["a", "12"])
+
+
+def test_decode_does_not_collapse():
+    vocabulary = CharacterVocabulary("ab")
+    assert vocabulary.decode([5, 5, 0, 5, 3]) == "aaa"
+
+
+def test_plot_of_the_table():
+    reference, hypothesis = "turn on the light".split(), "turn the lights".split()
+    axes = plot_edit_table(reference, hypothesis)
+    (path,) = axes.lines
+    assert path.get_xydata().tolist() == [[0, 0], [1, 1], [1, 2], [2, 3], [3, 4]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["start", *hypothesis]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["start", *reference]
+    assert [text.get_text() for text in axes.texts] == [str(value) for row in edit_table(reference, hypothesis) for value in row]
+    import matplotlib.pyplot as plt
+
+    plt.close(axes.figure)
