@@ -224,3 +224,174 @@ def test_check_waveform_names_what_is_wrong():
     ):
         with pytest.raises(AudioError, match=message):
             w.check_waveform(bad)
+
+
+def test_reading_sound_needs_no_plots_and_no_torchaudio():
+    """Loading a file in a script must not wait for libraries that only pictures and pages need."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, speechlearn.sound.waveform; "
+        "print([name for name in ('matplotlib', 'IPython', 'torchaudio', 'soxr') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("block_seconds", [0.013, 0.37, 5.0])
+def test_stream_equals_load_to_the_last_sample(tmp_path, rate, block_seconds):
+    x = torch.rand(rate + 7, generator=torch.Generator().manual_seed(rate)) - 0.5
+    soundfile.write(tmp_path / "x.wav", x.numpy(), rate, subtype="FLOAT")
+    whole, blocks = load(tmp_path / "x.wav"), torch.cat(list(stream(tmp_path / "x.wav", block_seconds=block_seconds)))
+    assert blocks.shape == whole.shape
+    assert (blocks - whole).abs().max() < 1e-6
+
+
+def test_blocks_resampled_alone_would_click(tmp_path):
+    """The reason for a stream resampler: without its memory the borders are audible."""
+    x = tone(1.0, 44_100)
+    soundfile.write(tmp_path / "x.wav", x.numpy(), 44_100, subtype="FLOAT")
+    whole = load(tmp_path / "x.wav")
+    alone = torch.cat([resample(part, 44_100, 16_000) for part in x.split(4_410)])
+    assert (alone - whole).abs().max() > 0.01
+    assert (torch.cat(list(stream(tmp_path / "x.wav", block_seconds=0.1))) - whole).abs().max() < 1e-6
+
+
+def test_stream_gives_no_block_longer_than_asked(tmp_path):
+    save(tmp_path / "x.wav", tone(2.0), 16_000)
+    assert [len(block) for block in stream(tmp_path / "x.wav", block_seconds=0.75)] == [12_000, 12_000, 8_000]
+    for bad in (0, -1.0, math.nan):
+        with pytest.raises(AudioError, match="block_seconds"):
+            next(stream(tmp_path / "x.wav", block_seconds=bad))
+
+
+def test_steps_of_eight_and_sixteen_bits_by_hand(tmp_path):
+    x = np.array([-1.0, -0.5, 0.0, 0.5])
+    for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32"):
+        soundfile.write(tmp_path / "x.wav", x, 16_000, subtype=subtype)
+        assert load(tmp_path / "x.wav").tolist() == x.tolist()
+    soundfile.write(tmp_path / "x.wav", np.array([127, -128], "int16") * 256, 16_000, subtype="PCM_U8")
+    assert load(tmp_path / "x.wav").tolist() == [127 / 128, -1.0]
+
+
+def test_float_files_may_be_louder_than_one_and_stay_so(tmp_path):
+    soundfile.write(tmp_path / "loud.wav", np.array([0.5, 2.5, -3.0], "float32"), 16_000, subtype="FLOAT")
+    loud = load(tmp_path / "loud.wav")
+    assert loud.tolist() == [0.5, 2.5, -3.0]
+    assert peak_db(loud) > 0
+    with pytest.raises(AudioError, match="reaches 3.000; a file would clip it"):
+        save(tmp_path / "again.wav", loud, 16_000)
+
+
+def test_other_chunks_before_and_after_the_sound(tmp_path, wav):
+    """An odd chunk is followed by one byte of padding; who forgets it never finds the sound."""
+    at = wav.index(b"data")
+    odd = b"LIST" + (5).to_bytes(4, "little") + b"INFOx" + b"\0"
+    (tmp_path / "chunks.wav").write_bytes(wav[:at] + odd + wav[at:] + odd)
+    assert torch.equal(load(tmp_path / "chunks.wav"), load(tmp_path / "good.wav"))
+    (tmp_path / "cut.wav").write_bytes((wav[:at] + odd + wav[at:])[:-100])
+    with pytest.raises(AudioError, match="truncated: 100 bytes"):
+        load(tmp_path / "cut.wav")
+
+
+def test_a_wav_cut_within_its_header(tmp_path, wav):
+    (tmp_path / "cut.wav").write_bytes(wav[:30])
+    with pytest.raises(AudioError, match="no sound file that can be read"):
+        load(tmp_path / "cut.wav")
+    (tmp_path / "cut.wav").write_bytes(wav[: wav.index(b"data") + 8])
+    with pytest.raises(AudioError, match="truncated"):
+        load(tmp_path / "cut.wav")
+
+
+def test_truncated_mp3_is_refused(tmp_path):
+    noise = torch.rand(32_000, generator=torch.Generator().manual_seed(0)) - 0.5
+    save(tmp_path / "x.mp3", noise, 16_000)
+    content = (tmp_path / "x.mp3").read_bytes()
+    (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 2])
+    for reader in (load, lambda path: list(stream(path, block_seconds=0.2))):
+        with pytest.raises(AudioError, match="truncated: its header promises"):
+            reader(tmp_path / "cut.mp3")
+
+
+def test_one_wrong_byte_in_a_flac_is_noticed(tmp_path):
+    noise = torch.rand(32_000, generator=torch.Generator().manual_seed(0)) - 0.5
+    save(tmp_path / "x.flac", noise, 16_000)
+    content = bytearray((tmp_path / "x.flac").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "x.flac").write_bytes(content)
+    with pytest.raises(AudioError, match="damaged"):
+        load(tmp_path / "x.flac")
+
+
+def test_a_file_that_may_not_be_read(tmp_path, wav, monkeypatch):
+    """Simulated, because tests may run as a user who may read everything."""
+    def refused(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(w.soundfile, "SoundFile", refused)
+    monkeypatch.setattr(w.Path, "open", refused)
+    with pytest.raises(AudioError, match="cannot be read: permission denied"):
+        load(tmp_path / "good.wav")
+
+
+def test_a_refused_rename_keeps_the_old_file(tmp_path, monkeypatch):
+    save(tmp_path / "x.flac", tone(), 16_000)
+    before = (tmp_path / "x.flac").read_bytes()
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(w.os, "replace", refuse)
+        with pytest.raises(AudioError, match="What was there before is intact"):
+            save(tmp_path / "x.flac", tone(frequency=100), 16_000)
+    assert (tmp_path / "x.flac").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.flac"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(100, 5000), st.sampled_from([8_000, 16_000, 22_050, 44_100, 48_000]), st.sampled_from([8_000, 16_000, 44_100]))
+def test_resampling_keeps_the_seconds(samples, from_rate, to_rate):
+    got = resample(torch.zeros(samples), from_rate, to_rate)
+    assert abs(len(got) - samples * to_rate / from_rate) <= 1
+
+
+def test_resampling_up_and_down_gives_the_sound_back():
+    x = tone(0.5, 8_000)
+    back = resample(resample(x, 8_000, 44_100), 44_100, 8_000)
+    assert back.shape == x.shape and (back - x)[200:-200].abs().max() < 1e-3
+    assert resample(x.double(), 8_000, 16_000).dtype == torch.float64
+
+
+def test_every_fourth_sample_moves_a_tone_and_resampling_does_not():
+    x = tone(1.0, frequency=3_000)
+    spectrum = torch.fft.rfft(x[::4]).abs()
+    assert int(spectrum.argmax()) == 1_000  # one second: bins are hertz; 3000 - 4000, mirrored
+    assert torch.fft.rfft(resample(x, 16_000, 4_000)[200:-200]).abs().max() < 0.01 * spectrum.max()
+
+
+def test_player_refuses_nan_and_clips_what_is_too_loud():
+    import io
+
+    with pytest.raises(AudioError, match="the waveform to play holds 1 values that are NaN"):
+        w.play(torch.tensor([0.0, math.nan]), 16_000, "broken")
+    samples, rate = soundfile.read(io.BytesIO(w.play(torch.tensor([0.0, 5.0, -5.0, 0.0]), 8_000, "loud").flac))
+    assert rate == 8_000 and samples[1] > 0.99 and samples[2] == -1.0
+
+
+def test_plot_has_seconds_and_names_words():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from speechlearn.data.corpora import Word
+
+    fig, ax = plt.subplots()
+    assert w.plot_waveform(tone(0.5), 16_000, ax=ax, words=[Word("one", 0.1, 0.3)]) is ax
+    assert ax.get_xlabel() == "time (s)" and ax.get_xlim() == (0.0, 0.5)
+    assert ax.lines[0].get_xdata()[-1] == pytest.approx(7_999 / 16_000)
+    assert [text.get_text() for text in ax.texts] == ["one"] and ax.texts[0].get_position()[0] == pytest.approx(0.2)
+    plt.close(fig)
