@@ -3,6 +3,7 @@ import builtins
 import errno
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,18 +252,18 @@ def test_stream_equals_load_to_the_last_sample(tmp_path, rate, block_seconds):
 
 def test_blocks_resampled_alone_would_click(tmp_path):
     """The reason for a stream resampler: without its memory the borders are audible."""
-    x = tone(1.0, 44_100)
-    soundfile.write(tmp_path / "x.wav", x.numpy(), 44_100, subtype="FLOAT")
+    x = tone(1.0, 8_000, frequency=3_000)
+    soundfile.write(tmp_path / "x.wav", x.numpy(), 8_000, subtype="FLOAT")
     whole = load(tmp_path / "x.wav")
-    alone = torch.cat([resample(part, 44_100, 16_000) for part in x.split(4_410)])
-    assert (alone - whole).abs().max() > 0.01
+    alone = torch.cat([resample(part, 8_000, 16_000) for part in x.split(800)])
+    assert (alone - whole).abs().max() > 0.05
     assert (torch.cat(list(stream(tmp_path / "x.wav", block_seconds=0.1))) - whole).abs().max() < 1e-6
 
 
 def test_stream_gives_no_block_longer_than_asked(tmp_path):
     save(tmp_path / "x.wav", tone(2.0), 16_000)
     assert [len(block) for block in stream(tmp_path / "x.wav", block_seconds=0.75)] == [12_000, 12_000, 8_000]
-    for bad in (0, -1.0, math.nan):
+    for bad in (0.0, -1.0, math.nan):
         with pytest.raises(AudioError, match="block_seconds"):
             next(stream(tmp_path / "x.wav", block_seconds=bad))
 
@@ -387,10 +388,8 @@ def test_plot_has_seconds_and_names_words():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from speechlearn.data.corpora import Word
-
     fig, ax = plt.subplots()
-    assert w.plot_waveform(tone(0.5), 16_000, ax=ax, words=[Word("one", 0.1, 0.3)]) is ax
+    assert w.plot_waveform(tone(0.5), 16_000, ax=ax, words=[SimpleNamespace(text="one", start=0.1, end=0.3)]) is ax
     assert ax.get_xlabel() == "time (s)" and ax.get_xlim() == (0.0, 0.5)
     assert ax.lines[0].get_xdata()[-1] == pytest.approx(7_999 / 16_000)
     assert [text.get_text() for text in ax.texts] == ["one"] and ax.texts[0].get_position()[0] == pytest.approx(0.2)
