@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# %% ../nbs/workshop/cli.ipynb #3cbaa3fb
+# %% ../nbs/workshop/cli.ipynb #bb5aaf28
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -63,11 +63,16 @@ def read_settings(path: str | Path) -> dict:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"the settings file {str(path)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"the settings file {str(path)!r} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the settings file {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        settings = json.loads(text)  # first: YAML takes JSON's 1e-05 for a text
+    except ValueError:
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the settings file {str(path)!r} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"the settings file {str(path)!r} must hold lines like 'steps: 500'")
     types = {entry.name: type(entry.default) for entry in fields(Recipe)}
@@ -75,7 +80,12 @@ def read_settings(path: str | Path) -> dict:
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=1)
             raise ValueError(f"the settings file has {name!r}, which is no setting." + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(types)}."))
-        if not (isinstance(value, types[name]) and not (types[name] is int and isinstance(value, bool)) or (types[name] is float and isinstance(value, int))):
+        if types[name] is float:
+            try:  # YAML reads 3e-3 as a text
+                settings[name] = value = value if isinstance(value, bool) else float(value)
+            except (TypeError, ValueError):
+                pass
+        if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 

@@ -141,7 +141,7 @@ class FirstRecogniser(nn.Module):
         best = log_probs.argmax(dim=-1)
         return [words_of(spikes(best[i, :n].tolist()), vocabulary) for i, n in enumerate(lengths.tolist())]
 
-# %% ../nbs/00_whole_game.ipynb #a839d096
+# %% ../nbs/00_whole_game.ipynb #24239fb7
 def spikes(path: list[int], *, blank: int = 0) -> list[tuple[int, int, int]]:
     """Runs of equal symbols in a path, without the blanks: (symbol, first step, last step).
 
@@ -165,11 +165,12 @@ def words_of(found: list[tuple[int, int, int]], vocabulary) -> list[tuple[str, i
 
     Args:
         found: from `spikes`.
-        vocabulary: decodes a list of ids to text, with spaces between words.
+        vocabulary: of characters, words or subwords.
 
     Chapter: 00_whole_game.
     """
     words, current = [], []
+    n_special = len(vocabulary) - len(vocabulary.symbols)
 
     def finish():
         text = vocabulary.decode([symbol for symbol, _, _ in current]).strip()
@@ -177,12 +178,12 @@ def words_of(found: list[tuple[int, int, int]], vocabulary) -> list[tuple[str, i
             words.append((text, current[0][1], current[-1][2]))
         current.clear()
 
-    one_symbol_is_a_word = not hasattr(vocabulary, "characters")
     for spike in found:
-        is_space = not one_symbol_is_a_word and vocabulary.decode([spike[0]]) == " "
-        if (is_space or one_symbol_is_a_word) and current:
+        symbol = vocabulary.symbols[spike[0] - n_special] if spike[0] >= n_special else ""
+        begins_word = vocabulary.kind == "words" or symbol.startswith(("\u2581", " "))  # subwords mark the beginning of a word with ▁
+        if begins_word and current:
             finish()
-        if not is_space:
+        if symbol != " ":
             current.append(spike)
     if current:
         finish()

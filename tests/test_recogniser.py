@@ -150,10 +150,7 @@ def test_more_than_a_minute_is_sent_to_transcribe_file(digits):
         digits.transcribe(torch.zeros(60 * 8_000 + 1), 8_000)
 
 
-NOT_CHECKED_FIRST = pytest.mark.xfail(strict=True, reason="the length is measured with the sample rate before the rate is checked: ZeroDivisionError, or a wrong message")
-
-
-@pytest.mark.parametrize("rate", [pytest.param(0, marks=NOT_CHECKED_FIRST), pytest.param(-16_000, marks=NOT_CHECKED_FIRST), pytest.param(100, marks=NOT_CHECKED_FIRST), 500_000])
+@pytest.mark.parametrize("rate", [0, -16_000, 100, 500_000])
 def test_a_rate_that_is_none_is_named(digits, rate):
     with pytest.raises(AudioError, match=f"{rate}; expected a whole number of hertz"):
         digits.transcribe(noise(RATE), rate)
@@ -180,19 +177,16 @@ def test_a_copy_of_the_shipped_folder_loads(tmp_path, spoken):  # so the next te
     assert load_recogniser(changed_checkpoint(tmp_path / "a")).transcribe(spoken[0].waveform(), RATE).text == spoken[0].text
 
 
-NOT_WRAPPED = pytest.mark.xfail(strict=True, reason="load_recogniser does not turn errors of the front end into CheckpointError, and accepts a model without vocabulary or with too few symbols or bins")
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"model": "second-recogniser"},
         {"config": {"vocab": 3}},
-        pytest.param({"features": {"bins": 80}}, marks=NOT_WRAPPED),
-        pytest.param({"features": {"hop_ms": 0.0}}, marks=NOT_WRAPPED),
-        pytest.param({"vocabulary": None}, marks=NOT_WRAPPED),
-        pytest.param({"vocabulary": {"kind": "words", "words": ["yes", "no"], "unknown": "error"}}, marks=NOT_WRAPPED),
-        pytest.param({"features": {"n_bins": 40}}, marks=NOT_WRAPPED),
+        {"features": {"bins": 80}},
+        {"features": {"hop_ms": 0.0}},
+        {"vocabulary": None},
+        {"vocabulary": {"kind": "words", "words": ["yes", "no"], "unknown": "error"}},
+        {"features": {"n_bins": 40}},
     ],
     ids=["model", "config", "unknown feature setting", "impossible feature setting", "no vocabulary", "smaller vocabulary", "other bins"],
 )
@@ -315,7 +309,7 @@ def test_a_long_recording_of_digits_is_understood(tmp_path, digits, spoken):
     assert len(by_piece) >= 3
     assert whole.text.split() == [w.text for w in whole.words] == " ".join(part.text for _, part in by_piece).split()
     assert [w.start for w in whole.words] == [w.start + start for start, part in by_piece for w in part.words]
-    assert jiwer.wer(" ".join(w.text for w in truth), whole.text) < 0.15  # eight voices in one recording: harder than each alone
+    assert jiwer.wer(" ".join(w.text for w in truth), whole.text) < 0.06  # eight voices in one recording: harder than each alone
     near = sum(any(t.text == w.text and t.start - 0.1 < w.start < t.end + 0.1 for t in truth) for w in whole.words)
     assert near > 0.88 * len(whole.words)
 

@@ -236,7 +236,6 @@ def test_specials_are_no_words():
     assert words_of([(3, 0, 0), (WordVocabulary().encode("nine")[0], 4, 5)], WordVocabulary()) == [("nine", 4, 5)]
 
 
-@pytest.mark.xfail(strict=True, reason="words_of takes every vocabulary without `characters` for one of whole words: pieces of words come out as words")
 def test_subwords_are_joined_to_words():
     texts = ["the lamp", "the light", "a lamp", "thing", "lighter"] * 3
     vocabulary = SubwordVocabulary.train(texts, vocab_size=24)

@@ -417,7 +417,7 @@ def sampler(folder: str | os.PathLike | None = None) -> Corpus:
         ],
     )
 
-# %% ../../nbs/data/04b_synthetic.ipynb #4351046a
+# %% ../../nbs/data/04b_synthetic.ipynb #d96dd6fe
 CORPORA = ("tiny", "digits", "commands", "commands-xl", "sampler", "fsdd", "librispeech", "speech_commands", "yesno")
 
 
@@ -442,6 +442,11 @@ def load_corpus(
     """
     if name not in CORPORA:
         raise ValueError(f"there is no corpus {name!r}; choose {', '.join(CORPORA)}")
+    if n is not None and n < 0:
+        raise ValueError(f"n is {n}; the number of utterances must not be negative")
+    whole = {"sampler": ("test",), "yesno": ("test", "all")}.get(name)
+    if whole and split not in whole:
+        raise ValueError(f"corpus {name!r} has no split {split!r}; choose {', '.join(whole)}")
     if name == "fsdd":
         return fsdd(root, split, speakers=speakers, n=300 if n is None else n, seed=seed)
     if name in SIZES:
