@@ -7,8 +7,11 @@ __all__ = ['SPECIALS', 'BLANK', 'PAD', 'SOS', 'EOS', 'UNK', 'LETTERS', 'DIGITS',
 
 # %% ../nbs/sound/03_text.ipynb #3278d1b6
 import base64
+import binascii
 import io
+import operator
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +24,12 @@ SPECIALS = ("<blank>", "<pad>", "<sos>", "<eos>", "<unk>")
 BLANK, PAD, SOS, EOS, UNK = range(5)
 
 
+def _refuse_one_text(texts, name: str) -> None:
+    # A str is a sequence of str: each of its characters would pass for a text.
+    if isinstance(texts, str):
+        raise TypeError(f"{name} is one text, {texts!r}, where a list of texts is needed; write [{texts!r}]")
+
+
 class _Vocabulary:
     """What all vocabularies share: special numbers, batches, and decoding that skips the specials."""
 
@@ -30,14 +39,14 @@ class _Vocabulary:
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[Tensor, "tokens"]) -> str:
         raise NotImplementedError
 
     def __len__(self) -> int:
         return len(SPECIALS) + len(self.symbols)
 
-    def _known(self, ids: Iterable[int]) -> list[int]:
-        ids = [int(i) for i in ids]
+    def _known(self, ids: Iterable[int] | Int[Tensor, "tokens"]) -> list[int]:
+        ids = [operator.index(i) for i in ids]  # refuses 5.7, which int() would cut to 5
         for i in ids:
             if not 0 <= i < len(self):
                 raise ValueError(f"{i} is no symbol of this vocabulary, which has {len(self)} (0 to {len(self) - 1}); was the model made for another one?")
@@ -48,6 +57,7 @@ class _Vocabulary:
 
         Raises: ValueError: no texts, or a text without any symbol (its number is named).
         """
+        _refuse_one_text(texts, "texts")
         if len(texts) == 0:
             raise ValueError("encode_batch got no texts")
         encoded = [self.encode(text) for text in texts]
@@ -59,6 +69,9 @@ class _Vocabulary:
         for row, ids in zip(batch, encoded):
             row[: len(ids)] = torch.tensor(ids)
         return batch, lengths
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} symbols, the {len(SPECIALS)} specials included, unknown={self.unknown!r})"
 
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
@@ -117,7 +130,7 @@ class CharacterVocabulary(_Vocabulary):
                 ids.append(UNK)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[Tensor, "tokens"]) -> str:
         """Text of the numbers; specials are left out, the unknown symbol reads �."""
         return "".join("\ufffd" if i == UNK else self.characters[i - len(SPECIALS)] for i in self._known(ids))
 
@@ -145,8 +158,10 @@ class WordVocabulary(_Vocabulary):
     kind = "words"
 
     def __init__(self, words: Sequence[str] = DIGITS, *, unknown: str = "error"):
+        _refuse_one_text(words, "words")
         words = list(words)
-        bad = [word for word in words if words.count(word) > 1 or not word or word.split() != [word]]
+        seen = Counter(words)
+        bad = [word for word in words if seen[word] > 1 or word.split() != [word]]
         if not words or bad:
             raise ValueError(f"words must be given once each and hold no spaces; look at {bad[:5] or 'the empty list'}")
         self.words, self.unknown = words, _check_policy(unknown)
@@ -169,7 +184,7 @@ class WordVocabulary(_Vocabulary):
                 ids.append(UNK)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[Tensor, "tokens"]) -> str:
         """Words with spaces between them; specials are left out."""
         return " ".join("\ufffd" if i == UNK else self.words[i - len(SPECIALS)] for i in self._known(ids))
 
@@ -200,6 +215,8 @@ class SubwordVocabulary(_Vocabulary):
 
     def __init__(self, model: bytes, *, unknown: str = "error"):
         self.model, self.unknown = bytes(model), _check_policy(unknown)
+        if not self.model:  # the library takes no bytes for "load later" and would give a vocabulary without pieces
+            raise ValueError("there are no bytes of a sentencepiece model; was the file damaged?")
         try:
             self._processor = _sentencepiece().SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
@@ -216,16 +233,25 @@ class SubwordVocabulary(_Vocabulary):
             vocab_size: wanted size of the whole vocabulary, specials included.
             unknown: as above.
 
+        The same texts in the same order give the same pieces: nothing here is left to chance, so there is no seed.
+
         Raises: ValueError: more pieces are wanted than the texts can give, or fewer than they have letters.
         """
+        _refuse_one_text(texts, "texts")
         texts, output = list(texts), io.BytesIO()
-        if not texts:
+        letters = {character for text in texts for character in "".join(text.split())}
+        if not letters:
             raise ValueError("there are no texts to find pieces in")
+        needed = len(SPECIALS) + len(letters) + 1  # the one more is the mark of a word's beginning
+        if vocab_size < needed:
+            raise ValueError(f"vocab_size is {vocab_size}, but {len(letters)} letters, the word mark and {len(SPECIALS)} specials need at least {needed}")
         try:
             _sentencepiece().SentencePieceTrainer.train(
                 sentence_iterator=iter(texts), model_writer=output, model_type="bpe", vocab_size=vocab_size - len(SPECIALS) + 1,
                 character_coverage=1.0, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, normalization_rule_name="identity",
                 add_dummy_prefix=True, remove_extra_whitespaces=True, num_threads=1, minloglevel=3, shuffle_input_sentence=False,
+                # By default longer texts are left out without a word.
+                max_sentence_length=max(10, *(len(text.encode()) + 1 for text in texts)),
             )
         except RuntimeError as error:
             raise ValueError(f"no vocabulary of {vocab_size} can be found in {len(texts)} texts: {str(error).splitlines()[-1].strip()}") from error
@@ -237,18 +263,21 @@ class SubwordVocabulary(_Vocabulary):
         return list(self._pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Numbers of the pieces. Raises ValueError for a character the training never saw, unless told otherwise."""
+        """Numbers of the pieces. Raises ValueError for characters the training never saw, unless told otherwise.
+
+        Several spaces in a row count as one. Unknown characters in a row are replaced by one unknown symbol.
+        """
         ids = []
         for piece, i in zip(self._processor.encode(text, out_type=str), self._processor.encode(text)):
             if i != 0:
                 ids.append(i + len(SPECIALS) - 1)
             elif self.unknown == "error":
-                raise ValueError(f"{piece!r} in {text!r} was never seen when the pieces were found; clean the text, or choose unknown='drop' or 'replace'")
+                raise ValueError(f"{piece!r} at position {text.find(piece)} of {text!r} was never seen when the pieces were found; clean the text, or choose unknown='drop' or 'replace'")
             elif self.unknown == "replace":
                 ids.append(UNK)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[Tensor, "tokens"]) -> str:
         """Text of the pieces; specials are left out."""
         text = "".join("\ufffd" if i == UNK else self._pieces[i - len(SPECIALS)] for i in self._known(ids))
         return text.replace("\u2581", " ").removeprefix(" ")
@@ -273,31 +302,37 @@ def vocabulary_from_dict(values: dict):
         if kind == "words":
             return WordVocabulary(values["words"], unknown=values["unknown"])
         if kind == "subwords":
-            return SubwordVocabulary(base64.b64decode(values["model"]), unknown=values["unknown"])
+            return SubwordVocabulary(base64.b64decode(values["model"], validate=True), unknown=values["unknown"])
+    except binascii.Error as error:
+        raise ValueError("the model of a subword vocabulary is no base64 text; was the file damaged?") from error
     except KeyError as error:
         raise ValueError(f"the description of a {kind} vocabulary lacks {error}") from error
     raise ValueError(f"there is no vocabulary of kind {kind!r}; expected characters, words or subwords")
 
 # %% ../nbs/sound/03_text.ipynb #148a8fe8
-_PUNCTUATION = str.maketrans({**dict.fromkeys(".,;:!?\"()[]{}“”„«»…", " "), **dict.fromkeys("’‘`´", "'"), **dict.fromkeys("-–—_/", " ")})
+_PUNCTUATION = str.maketrans({**dict.fromkeys(".,;:!?\"()[]{}“”„«»…", " "), **dict.fromkeys("’‘`´", "'"), **dict.fromkeys("-\u2010\u2011–—_/", " ")})
 
 
 def normalise_text(text: str) -> str:
     """Lower case, punctuation to spaces, accents off letters, single spaces.
 
-    Raises: ValueError: digits or other signs that can be read aloud in more than one way; they are named.
+    Raises: ValueError: digits or other signs that can be read aloud in more than one way, or letters of another alphabet; they are named.
 
     >>> normalise_text("What’s the time, Émile?")
     "what's the time emile"
 
     Chapter: sound/03_text.
     """
-    decomposed = unicodedata.normalize("NFKD", text.lower().translate(_PUNCTUATION))
+    # Punctuation first: the decomposition would turn ´ into a space. Then again: it turns ，into a comma.
+    decomposed = unicodedata.normalize("NFKD", text.translate(_PUNCTUATION)).lower().translate(_PUNCTUATION)
     plain = "".join(c for c in decomposed if not unicodedata.combining(c))
     odd = sorted({c for c in plain if not c.isspace() and c not in LETTERS})
     if odd:
+        named = ", ".join(repr(c) for c in odd)
+        if all(c.isalpha() for c in odd):
+            raise ValueError(f"{text!r} contains {named}, letters that the alphabet {LETTERS!r} lacks. Write them with its letters, as you want them recognised.")
         raise ValueError(
-            f"{text!r} contains {', '.join(repr(c) for c in odd)}, which can be read aloud in more than one way "
+            f"{text!r} contains {named}, which can be read aloud in more than one way "
             "(12: twelve, or one two?). Write it as words, the way it was said."
         )
     return " ".join(plain.split())
@@ -341,6 +376,7 @@ def edit_distance(reference: Sequence, hypothesis: Sequence) -> Alignment:
     """The fewest edits from reference to hypothesis, and which they are.
 
     Where several alignments are equally short, a hit or substitution is preferred, then a deletion, seen from the end.
+    Other tools break such ties otherwise, so S, D and I may differ while their sum may not.
 
     >>> edit_distance("turn on the light".split(), "turn the lights".split()).edits
     2
@@ -412,12 +448,16 @@ def error_rate(references: Sequence[str], hypotheses: Sequence[str], *, unit: st
     Args:
         references: what was said.
         hypotheses: what was recognised, in the same order. An empty text is allowed.
-        unit: "word" (split at white space) or "character" (spaces count).
+        unit: "word" (split at white space of any kind) or "character" (spaces inside count, those at both ends do not).
 
-    Raises: ValueError: different numbers of texts, or references without a single unit: then there is nothing to divide by.
+    An empty reference beside others adds its insertions. If all are empty there is no rate, and an error says so (jiwer gives 0 or 1).
+
+    Raises: TypeError: one text instead of a list. ValueError: different numbers of texts, or references without a single unit: then there is nothing to divide by.
 
     Chapter: sound/03_text.
     """
+    _refuse_one_text(references, "references")
+    _refuse_one_text(hypotheses, "hypotheses")
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses; they must come in pairs")
     if unit not in ("word", "character"):

@@ -278,7 +278,7 @@ def test_subwords_and_unknown_characters(subwords):
     known = subwords.encode("turn on")
     assert replace.encode("turn on €")[-1] == replace.unk and replace.decode(replace.encode("turn on €")) == "turn on \ufffd"
     assert replace.unk not in drop.encode("turn on €") and drop.encode("turn on €")[: len(known)] == known
-    with pytest.raises(ValueError, match="'€' in 'turn €'"):
+    with pytest.raises(ValueError, match="'€' at position 5 of 'turn €'"):
         subwords.encode("turn €")
 
 
@@ -314,7 +314,7 @@ def test_rows_of_a_batch_decode_to_their_texts(texts):
     vocabulary = CharacterVocabulary()
     batch, lengths = vocabulary.encode_batch(texts)
     assert batch.shape == (len(texts), max(map(len, texts))) and lengths.dtype == torch.int64
-    assert [vocabulary.decode(row.tolist()) for row in batch] == texts
+    assert [vocabulary.decode(row) for row in batch] == texts
     assert (batch == vocabulary.pad).sum() == batch.numel() - lengths.sum()
 
 
@@ -339,3 +339,67 @@ def test_plot_of_the_table():
     import matplotlib.pyplot as plt
 
     plt.close(axes.figure)
+
+
+def test_one_text_is_no_list_of_texts():
+    # A string is a sequence of strings: "four two" against "four too" once had a word error rate of 1/7, one word per letter.
+    with pytest.raises(TypeError, match=r"references is one text, 'four two'.*write \['four two'\]"):
+        word_error_rate("four two", "four too")
+    with pytest.raises(TypeError, match="hypotheses is one text"):
+        character_error_rate(["a"], "b")
+    with pytest.raises(TypeError, match="texts is one text, 'go'"):
+        CharacterVocabulary().encode_batch("go")
+    with pytest.raises(TypeError, match="words is one text"):
+        WordVocabulary("yes")
+    with pytest.raises(TypeError, match="texts is one text"):
+        SubwordVocabulary.train("turn on the light", 20)
+
+
+def test_long_texts_are_not_left_out():
+    vocabulary = SubwordVocabulary.train([*SENTENCES, " ".join(["zebra"] * 1000)], 60)
+    assert vocabulary.decode(vocabulary.encode("zebra")) == "zebra"
+
+
+def test_too_small_subword_vocabulary():
+    # a, b, the word mark and five specials.
+    with pytest.raises(ValueError, match="vocab_size is 7, but 2 letters.* at least 8"):
+        SubwordVocabulary.train(["ab"], 7)
+    assert len(SubwordVocabulary.train(["ab"], 8)) == 8
+    with pytest.raises(ValueError, match="no texts"):
+        SubwordVocabulary.train(["", " "], 10)
+
+
+def test_damaged_subword_models():
+    with pytest.raises(ValueError, match="no bytes"):
+        SubwordVocabulary(b"")
+    for model, message in (("", "no bytes"), ("@@@@", "no base64"), ("AAA", "no base64"), ("QUJD", "no sentencepiece model")):
+        with pytest.raises(ValueError, match=message):
+            vocabulary_from_dict({"kind": "subwords", "model": model, "unknown": "error"})
+
+
+def test_decode_takes_whole_numbers_only():
+    vocabulary = CharacterVocabulary("ab")
+    assert vocabulary.decode(torch.tensor([5, 6])) == "ab"
+    with pytest.raises(TypeError):
+        vocabulary.decode([5.7])
+
+
+def test_large_word_list_is_quick():
+    import time
+
+    start = time.perf_counter()
+    WordVocabulary([f"w{i}" for i in range(30_000)])
+    assert time.perf_counter() - start < 2  # comparing each with each took several seconds
+
+
+def test_representation_tells_kind_and_size(subwords):
+    assert repr(CharacterVocabulary()) == "CharacterVocabulary(33 symbols, the 5 specials included, unknown='error')"
+    assert "SubwordVocabulary(50 symbols" in repr(subwords)
+
+
+def test_normalise_other_widths_hyphens_and_alphabets():
+    assert normalise_text("ｆｕｌｌ，ｗｉｄｔｈ") == "full width"
+    assert normalise_text("\u210cello well\u2010known") == "hello well known"
+    for text, sign in (("straße", "'ß', letters that the alphabet"), ("да", "'а', 'д', letters")):
+        with pytest.raises(ValueError, match=sign):
+            normalise_text(text)
