@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import io
 import os
+import pickle
+import statistics
 import tarfile
 import threading
 import zipfile
@@ -12,9 +14,9 @@ import pytest
 import torch
 
 from speechlearn.data.corpora import (
-    Corpus, DownloadError, FilePart, Utterance, connected_digits, download, fsdd, fsdd_clips, librispeech, speech_commands, unpack, yesno,
+    Corpus, DigitString, DownloadError, FilePart, Utterance, connected_digits, download, fsdd, fsdd_clips, librispeech, speech_commands, unpack, yesno,
 )
-from speechlearn.sound.waveform import rms_db, save
+from speechlearn.sound.waveform import load, rms_db, save
 from speechlearn.text import DIGITS
 
 
@@ -233,3 +235,111 @@ def test_links_and_non_archives_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a zip nor a tar"):
         unpack(tmp_path / "text", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_each_word_is_its_clip(folder):
+    """By hand: outside the words only the floor, inside them the clip, resampled and scaled by one factor."""
+    utterance = fsdd(folder, "test", n=12)[3]
+    x = utterance.waveform()
+    place = 0
+    scales = []
+    for pause, path in zip(utterance.source.pauses, utterance.source.paths):
+        place += round(pause * 16_000)
+        clip = load(path, 16_000)
+        part = x[place : place + len(clip)]
+        scale = float(part @ clip / (clip @ clip))
+        scales.append(scale)
+        assert rms_db(part - scale * clip) == pytest.approx(utterance.source.floor_db, abs=1.0)
+        place += len(clip)
+    assert len(x) == place + round(utterance.source.pauses[-1] * 16_000)
+    assert max(scales) == pytest.approx(min(scales), rel=0.02)
+
+
+def test_levels_of_speakers_are_evened_out(folder):
+    corpus = fsdd(folder, "test", n=120)  # the clips of anna are 20 dB louder than those of bert
+    anna, bert = (statistics.mean(rms_db(u.waveform()) for u in corpus.where(speakers=[name])) for name in ("anna", "bert"))
+    assert abs(anna - bert) < 2
+
+
+def test_telephone_band_stays_a_telephone_band(folder):
+    x = fsdd(folder, "test", n=3)[2].waveform()
+    power = torch.fft.rfft(x).abs().square()
+    frequency = torch.fft.rfftfreq(len(x), 1 / 16_000)
+    assert 10 * torch.log10(power[frequency < 3_800].mean() / power[frequency > 4_300].mean()) > 25  # resampling invents nothing
+
+
+def test_too_loud_is_turned_down_and_not_clipped(folder):
+    clip = fsdd_clips(folder)[0].path
+    loud = DigitString((clip,), (0.05, 0.05), level_db=0.0, floor_db=-90.0, seed=0).read(16_000)
+    quiet = DigitString((clip,), (0.05, 0.05), level_db=-40.0, floor_db=-90.0, seed=0).read(16_000)
+    assert float(loud.abs().max()) == 1.0
+    assert torch.nn.functional.cosine_similarity(loud, quiet, dim=0) > 0.999
+
+
+def test_a_corpus_can_be_sent_to_workers(folder):
+    corpus = fsdd(folder, "dev", n=4)
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert copy.utterances == corpus.utterances and torch.equal(copy[3].waveform(), corpus[3].waveform())
+
+
+def test_a_part_of_a_file(tmp_path):
+    ramp = torch.arange(16_000) / 16_000
+    save(tmp_path / "ramp.wav", ramp, 16_000)
+    part = Utterance("p", "x", "s", 0.25, FilePart(str(tmp_path / "ramp.wav"), start=0.5, seconds=0.25)).waveform()
+    assert torch.allclose(part, ramp[8_000:12_000], atol=1e-4)
+
+
+def test_a_wrong_older_file_is_replaced(server, tmp_path):
+    target = tmp_path / "file.bin"
+    target.write_bytes(b"older")
+    download(f"{server}/good.bin", target, GOOD)
+    assert target.read_bytes() == b"speech" * 10_000 and os.listdir(tmp_path / ".").count("file.bin") == 1
+
+
+def test_a_stopped_download_leaves_nothing(server, tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(f"{server}/good.bin", tmp_path / "new" / "file.bin", GOOD, progress=stop)
+    assert os.listdir(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_leave_nothing(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w") as opened:
+        good = tarfile.TarInfo("good")
+        good.size = 1
+        opened.addfile(good, io.BytesIO(b"1"))
+        entry = tarfile.TarInfo("odd")
+        entry.type, entry.linkname = kind, "/etc/hostname"
+        opened.addfile(entry)
+    with pytest.raises(ValueError, match="'odd', which is a link or a device"):
+        unpack(tmp_path / "a.tar", tmp_path / "deep" / "out")
+    assert os.listdir(tmp_path / "deep") == []
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_damaged_archive_leaves_nothing(tmp_path, kind):
+    content = torch.randint(256, (60_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy().tobytes()
+    archive(tmp_path / "a", [("x", content)], kind)
+    data = bytearray((tmp_path / "a").read_bytes())
+    if kind == "zip":
+        data[5_000] ^= 255
+    else:
+        data = data[:30_000]
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises((ValueError, EOFError, zipfile.BadZipFile, tarfile.TarError)):
+        unpack(tmp_path / "a", tmp_path / "deep" / "out")
+    assert os.listdir(tmp_path / "deep") == []
+
+
+def test_librispeech_upper_case_and_bad_subset(tmp_path):
+    with pytest.raises(ValueError, match="Invalid url 'nosuch'"):
+        librispeech(tmp_path, "nosuch")
+    chapter = tmp_path / "LibriSpeech" / "dev-other" / "7" / "8"
+    chapter.mkdir(parents=True)
+    save(chapter / "7-8-0000.flac", noise(0.3, 0, 16_000), 16_000)
+    (chapter / "7-8.trans.txt").write_text("7-8-0000 CHAPTER 12\n")
+    with pytest.raises(ValueError, match="'1', '2'"):
+        librispeech(tmp_path, "dev-other")

@@ -1,10 +1,14 @@
 """data.espeak and data.synthetic: reproducible speech, honest splits, a cache that cannot be half made."""
 import json
 import os
+import pickle
 import random
+import re
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ from speechlearn.data.espeak import Request, SynthesisError, is_available, sha25
 from speechlearn.data.synthetic import (
     SLOTS, TEMPLATES, TEST_VOICES, TRAIN_VOICES, count_sentences, draw_request, fill, load_corpus, make_corpus, sampler, split_of_sentence, with_pauses,
 )
-from speechlearn.sound.waveform import peak_db
+from speechlearn.sound.waveform import load, peak_db, rms_db, save
 from speechlearn.text import CharacterVocabulary
 
 needs_espeak = pytest.mark.skipif(not is_available(), reason="espeak-ng is not installed")
@@ -199,3 +203,164 @@ def test_no_room_and_no_rights(tmp_path, monkeypatch):
     with pytest.raises(SynthesisError, match="No space left on device.*SPEECHLEARN_CACHE"):
         make_corpus("tiny", "dev", n=4, cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_voices_are_divided_by_families():
+    groups = (synthetic.TRAIN_VOICES, synthetic.DEV_VOICES, synthetic.TEST_VOICES)
+    assert [len(set(group)) for group in groups] == [66, 9, 11] and len(set().union(*groups)) == 86
+    for family in synthetic.FAMILIES:
+        assert [len(set(family) & set(group)) for group in groups].count(0) == 2, f"the family {family} is split"
+    assert not set().union(*groups) & {"whisper", "whisperf", "fast", "UniRobot", "robosoft", "croak", "Demonic"}
+
+
+def test_prosody_stays_in_its_bounds_and_every_template_is_heard():
+    requests = [draw_request("commands", "train", i) for i in range(3000)]
+    assert {min(r.rate for r in requests), max(r.rate for r in requests)} == {95, 165}
+    for values in ([r.pitch for r in requests], [r.pitch_range for r in requests]):
+        assert min(values) == 20 and max(values) == 80
+    openings = ("turn", "set a timer", "alarm for", "wake", "make", "play", "what is the", "remind", "(call|send|read)", "add", "how far", "(open|close)",
+                "(raise|lower|set the (volume|temp))", "the meeting", "my number", "what is [^t]")
+    shares = [sum(bool(re.search(rf"\b{opening}", r.text)) for r in requests) / len(requests) for opening in openings]
+    assert min(shares) > 0.002 and max(shares) < 0.25, dict(zip(openings, shares))
+
+
+def test_word_times_by_hand():
+    audio = np.full(1000, 500, np.int16)
+    audio[900:] = 0  # the last word ends where the sound does, not where the file does
+    # Positions count characters from 1; "at a" has one event, so its two words share the time until the next.
+    assert espeak._word_times("at a time", [(1, 0), (6, 400)], audio, 1000) == [["at", 0.0, 0.2], ["a", 0.2, 0.4], ["time", 0.4, 0.9]]
+    assert espeak._word_times("a ban a", [(1, 0), (3, 100), (7, 500)], audio, 1000) == [["a", 0.0, 0.1], ["ban", 0.1, 0.5], ["a", 0.5, 0.9]]
+    assert espeak._word_times("one two", [], np.zeros(1000, np.int16), 1000) == [["one", 0.0, 0.5], ["two", 0.5, 1.0]]
+
+
+def test_the_helper_starts_without_torch():
+    code = "import sys; from speechlearn.data.espeak import _worker; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@needs_espeak
+def test_every_voice_exists_speaks_and_is_its_own(tmp_path):
+    accents, variants = espeak.voices_of(espeak.find_espeak()[1])
+    voices = [*synthetic.TRAIN_VOICES, *synthetic.DEV_VOICES, *synthetic.TEST_VOICES]
+    assert set(voices) <= variants and set(synthetic.ACCENTS) <= accents
+    requests = [Request("seven", "en-us"), *(Request("seven", f"en-us+{voice}") for voice in voices), *(Request("tomato", accent) for accent in synthetic.ACCENTS)]
+    index = speak(requests, tmp_path / "all.flac")
+    sound = load(tmp_path / "all.flac", None)
+    parts = [sound[p["start"] : p["start"] + p["samples"]] for p in index]
+    for request, part in zip(requests, parts):
+        assert 0.15 < len(part) / 16_000 < 1.5 and peak_db(part) > -30, request
+    plain = parts[0]
+    for voice, part in zip(voices, parts[1:]):  # an unknown variant would silently be the plain voice
+        n = min(len(plain), len(part))
+        assert abs(len(plain) - len(part)) > 80 or (plain[:n] - part[:n]).abs().max() > 0.05, voice
+
+
+@needs_espeak
+def test_lengths_suit_ctc_at_forty_milliseconds(tmp_path):
+    corpus = make_corpus("tiny", "train", cache=tmp_path)
+    for utterance in corpus:
+        frames = (utterance.seconds * 1000 - 25) // 10 + 1
+        text = utterance.text
+        assert frames // 4 >= len(text) + sum(a == b for a, b in zip(text, text[1:])), utterance
+    rate = sum(len(u.text) for u in corpus) / corpus.seconds
+    assert 12 < rate < 16
+
+
+@needs_espeak
+def test_words_lie_where_the_sound_is(tmp_path):
+    corpus = make_corpus("digits", "dev", n=40, cache=tmp_path)
+    inside, silent = [], 0
+    for utterance in corpus:
+        x = utterance.waveform()
+        assert [w.text for w in utterance.words] == utterance.text.split()
+        if isinstance(utterance.source, synthetic.WithPauses):
+            for before, after, pause in zip(utterance.words, utterance.words[1:], utterance.source.pauses):
+                gap = x[round((after.start - pause) * 16_000) + 2 : round(after.start * 16_000) - 2]
+                assert float(gap.abs().max()) == 0 and after.start >= before.end - 1e-3
+                silent += 1
+        inside += [rms_db(x[round(w.start * 16_000) : round(w.end * 16_000)]) for w in utterance.words]
+    assert silent > 40 and min(inside) > -45
+
+
+@needs_espeak
+def test_the_library_is_never_loaded_here(tmp_path):
+    speak([Request("hello")], tmp_path / "x.flac")
+    maps = "/proc/self/maps"
+    if not os.path.exists(maps):
+        pytest.skip("this system does not list loaded libraries")
+    with open(maps) as file:
+        assert "libespeak" not in file.read()
+
+
+@needs_espeak
+def test_the_same_corpus_in_another_folder_and_another_seed(tmp_path):
+    first, second = (make_corpus("tiny", "test", n=3, cache=tmp_path / name) for name in "ab")
+    assert [u.words for u in first] == [u.words for u in second]
+    assert all(torch.equal(a.waveform(), b.waveform()) for a, b in zip(first, second))
+    other = make_corpus("tiny", "test", n=3, seed=1, cache=tmp_path / "a")
+    assert [u.text for u in other] != [u.text for u in first] and all(torch.equal(a.waveform(), b.waveform()) for a, b in zip(first, second))
+    assert pickle.loads(pickle.dumps(first))[2].waveform().equal(first[2].waveform())  # workers of a data loader get copies
+
+
+@needs_espeak
+@pytest.mark.parametrize("content", ["{", "null", '{"utterances": []}'])
+def test_a_damaged_index_is_made_again(tmp_path, content):
+    make_corpus("tiny", "dev", n=2, cache=tmp_path)
+    index, shard = next(tmp_path.rglob("*.json")), next(tmp_path.rglob("*.flac"))
+    right, sound = index.read_text(), sha256_of(shard)
+    index.write_text(content)
+    assert len(make_corpus("tiny", "dev", n=2, cache=tmp_path)) == 2
+    assert index.read_text() == right and sha256_of(shard) == sound
+
+
+@needs_espeak
+def test_a_killed_run_is_finished_by_the_next(tmp_path):
+    whole = make_corpus("tiny", "train", cache=tmp_path / "whole")
+    code = f"from speechlearn.data.synthetic import make_corpus; make_corpus('tiny', 'train', cache={str(tmp_path / 'killed')!r})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "killed").rglob("*.flac")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    finished = make_corpus("tiny", "train", cache=tmp_path / "killed")
+    assert [u.text for u in finished] == [u.text for u in whole]
+    assert all(torch.equal(a.waveform(), b.waveform()) for a, b in zip(finished, whole))
+
+
+def test_load_corpus_by_name(tmp_path):
+    assert len(load_corpus("sampler")) == 16 and len(load_corpus("sampler", n=3)) == 3
+    name = sampler()[0].speaker
+    assert load_corpus("sampler", speakers=[name]).speakers == [name]
+    with pytest.raises(ValueError, match="'sampler' has no split 'train'; choose test"):
+        load_corpus("sampler", "train")
+    with pytest.raises(ValueError, match="n is -1"):
+        load_corpus("sampler", n=-1)
+    tone = 0.1 * torch.sin(torch.arange(8_000) / 20)
+    chapter = tmp_path / "LibriSpeech" / "test-clean" / "1" / "2"
+    chapter.mkdir(parents=True)
+    for i in range(3):
+        save(chapter / f"1-2-{i:04d}.flac", tone, 16_000)
+    (chapter / "1-2.trans.txt").write_text("".join(f"1-2-{i:04d} A B\n" for i in range(3)))
+    assert [u.id for u in load_corpus("librispeech", "test", root=tmp_path, n=2)] == ["1-2-0000", "1-2-0001"]
+    word = tmp_path / "SpeechCommands" / "speech_commands_v0.02" / "stop"
+    word.mkdir(parents=True)
+    save(word / "f00_nohash_0.wav", tone, 16_000)
+    for name, content in (("testing_list.txt", "stop/f00_nohash_0.wav\n"), ("validation_list.txt", "")):
+        (word.parent / name).write_text(content)
+    assert [u.text for u in load_corpus("speech_commands", "test", root=tmp_path)] == ["stop"]
+    (tmp_path / "waves_yesno").mkdir()
+    save(tmp_path / "waves_yesno" / "1_0.wav", tone, 8_000)
+    assert [u.text for u in load_corpus("yesno", "all", root=tmp_path)] == ["yes no"]
+    with pytest.raises(ValueError, match="'yesno' has no split 'train'; choose test, all"):
+        load_corpus("yesno", "train", root=tmp_path)
+
+
+@needs_espeak
+@pytest.mark.slow
+def test_the_sampler_can_be_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEECHLEARN_CACHE", str(tmp_path / "cache"))
+    made, shipped = synthetic.write_sampler(tmp_path / "sampler"), sampler()
+    assert [(u.text, u.speaker) for u in made] == [(u.text, u.speaker) for u in shipped]
+    for a, b in zip(made[8:], shipped[8:]):  # the commands; digit strings have got pauses since. Other versions of espeak-ng may shift a word a little.
+        assert abs(a.seconds - b.seconds) < 0.05 and all(abs(v.start - w.start) < 0.05 for v, w in zip(a.words, b.words))
