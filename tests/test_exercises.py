@@ -1,13 +1,18 @@
 """The exercises: the mechanism, and every stub of the book against its check."""
 import ast
 import copy
+import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-from speechlearn.exercises import check_call, exercises_of, quick, rejects, stub_fails_loudly, without_solutions, write_reader_notebooks
+from speechlearn.exercises import KINDS, check_call, exercises_of, quick, rejects, stub_fails_loudly, without_solutions, write_reader_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
@@ -153,3 +158,159 @@ def test_every_stub_fails_loudly_where_the_reader_meets_it(path, monkeypatch):
             extra_arguments=["--IPKernelApp.log_level=40"],
         )
         client.execute()
+
+
+def test_sources_may_be_lists_of_lines_as_in_a_file():
+    notebook = example()
+    for c in notebook["cells"]:
+        c["source"] = c["source"].splitlines(keepends=True)
+    assert exercises_of(notebook) == exercises_of(example())
+    assert "return 2 * x" not in json.dumps(without_solutions(notebook))
+
+
+def test_each_exercise_of_several_gets_its_own_cells_and_call():
+    second = json.loads(json.dumps(example()["cells"][:-1]).replace("9.1", "9.2").replace("double", "twice"))
+    notebook = {"metadata": {}, "cells": [*example()["cells"][:-1], *second]}
+    assert [(e.number, check_call(e)) for e in exercises_of(notebook)] == [("9.1", "check_double(double)"), ("9.2", "check_twice(twice)")]
+    sources = ["".join(c["source"]) for c in without_solutions(notebook)["cells"]]
+    assert sources.index("check_double(double)") < sources.index(second[0]["source"]) < sources.index("check_twice(twice)")
+
+
+def test_a_stub_that_names_another_exercise_is_found_and_names_are_left_alone():
+    (exercise,) = exercises_of(example())
+    wrong = dataclasses.replace(exercise, stub=exercise.stub.replace("9.1", "3.2"))
+    with pytest.raises(AssertionError, match="stub of exercise 9.1 does not name its exercise"):
+        stub_fails_loudly(wrong, {})
+    names = {"double": "the notebook's own"}
+    stub_fails_loudly(exercise, names)
+    assert names == {"double": "the notebook's own"}
+
+
+def test_rejects_is_silent_and_lets_an_empty_stub_through(capsys):
+    def check(f):
+        print("first the easy case")
+        f()
+        raise AssertionError("always wrong")
+
+    rejects(check, lambda: 1, says="always")
+    assert capsys.readouterr().out == ""
+
+    def stub():
+        raise NotImplementedError("Exercise 9.1: write me")
+
+    with pytest.raises(NotImplementedError, match="Exercise 9.1"):
+        rejects(check, stub, says="always")
+
+
+def test_a_bare_assert_teaches_nothing_and_is_refused():
+    def check(x):
+        assert x == 2
+
+    with pytest.raises(AssertionError, match="instead of something with 'even'"):
+        rejects(check, 3, says="even")
+
+
+# What `exercises_of` does not look at (order of the cells, the exact number in the stub, exercises that no heading
+# announces) is asked here of every notebook of the book.
+PARTS = ("check", "exercise", "solution", "wrong-answers")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def part_of(c):
+    found = [tag for tag in PARTS if tag in c["metadata"].get("tags", [])]
+    assert len(found) <= 1, f"one cell has the tags {found}"
+    return found[0] if found else "hint" if "{dropdown} Hint" in "".join(c["source"]) else None
+
+
+def defined_in(source):
+    return {node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_every_exercise_is_announced_and_stands_in_order(path):
+    notebook = read(path)
+    parts = [part for c in notebook["cells"] if (part := part_of(c))]
+    expected = ["check", "exercise", "hint", "solution", "wrong-answers"] * len(exercises_of(notebook))
+    assert parts == expected, "a cell is missing, doubled or in the wrong place, or a heading is not like '### Exercise 1.2: title'"
+
+
+@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_every_exercise_asks_for_what_its_solution_gives(path):
+    for exercise in exercises_of(read(path)):
+        assert f'NotImplementedError("Exercise {exercise.number}: ' in exercise.stub, f"exercise {exercise.number}: the stub names another one"
+        stub, solution = defined_in(exercise.stub), defined_in(exercise.solution)
+        assert stub and stub <= solution, f"exercise {exercise.number} asks for {stub - solution}, which the solution does not define"
+        statements = [ast.unparse(statement) for statement in ast.parse(exercise.solution).body]
+        call = ast.unparse(ast.parse(check_call(exercise)))  # a call over several lines would be cut, and not parse
+        assert call in statements, f"exercise {exercise.number}: the check is not called by a line of its own"
+        assert check_call(exercise) in exercise.stub, f"exercise {exercise.number}: the stub does not say how to run the check"
+        assert check_call(exercise).split("(")[0] in defined_in(exercise.check)
+        tried = [n for n in ast.walk(ast.parse(exercise.wrong_answers)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "rejects"]
+        sentences = {key.value.value for call in tried for key in call.keywords if key.arg == "says" and isinstance(key.value, ast.Constant)}
+        assert len(tried) >= 2 and len(sentences) >= 2, f"exercise {exercise.number}: two wrong answers need two explanations"
+        assert all(sentence.strip() for sentence in sentences), f"exercise {exercise.number}: an empty `says` accepts every explanation"
+
+
+def test_every_exercise_has_a_number_of_its_own():
+    numbers = [exercise.number for path in WITH_EXERCISES for exercise in exercises_of(read(path))]
+    assert len(numbers) == len(set(numbers)) > 0
+    assert {exercise.kind for path in WITH_EXERCISES for exercise in exercises_of(read(path))} <= set(KINDS)
+
+
+@pytest.fixture(scope="module")
+def reader_notebooks(tmp_path_factory):
+    """The notebooks as `make exercises` writes them."""
+    target = tmp_path_factory.mktemp("reader") / "exercises"
+    done = subprocess.run(
+        [sys.executable, "-m", "speechlearn.exercises", "nbs", str(target)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"wrote {len(NOTEBOOKS)} notebooks to {target}"
+    return target
+
+
+def test_the_command_keeps_answers(reader_notebooks, tmp_path):
+    """A second run keeps what exists and writes what was deleted."""
+    answers = next(reader_notebooks.rglob("03_text.ipynb"))
+    before = answers.read_text(encoding="utf-8")
+    (reader_notebooks / "index.ipynb").unlink()
+    answers.write_text(before + " ", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "speechlearn.exercises", "nbs", str(reader_notebooks)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )
+    assert answers.read_text(encoding="utf-8") == before + " " and (reader_notebooks / "index.ipynb").exists()
+    assert f"kept {answers} (it may hold your answers" in done.stdout and "wrote 1 notebooks" in done.stdout
+    answers.write_text(before, encoding="utf-8")
+
+
+def test_reader_notebooks_are_whole_notebooks_that_hold_no_answer(reader_notebooks):
+    import nbformat
+
+    for path in NOTEBOOKS:
+        written = reader_notebooks / path.relative_to(ROOT / "nbs")
+        nbformat.validate(nbformat.read(written, as_version=4))
+        notebook, original = read(written), read(path)
+        assert notebook["metadata"] == original["metadata"]
+        text = "\n".join("".join(c["source"]) for c in notebook["cells"])
+        for exercise in exercises_of(original):
+            body = exercise.solution[: exercise.solution.rindex(check_call(exercise))].strip()
+            assert body not in text, f"{written.name} shows the solution of exercise {exercise.number}"
+            assert exercise.wrong_answers.strip() not in text
+            assert text.index(exercise.check.strip()) < text.index(exercise.stub.strip()) < text.rindex(check_call(exercise))
+        others = [c["source"] for c in original["cells"] if part_of(c) not in ("solution", "wrong-answers")]
+        kept = iter("".join(c["source"]) for c in notebook["cells"])
+        assert all("".join(source) in kept for source in others), f"{written.name} lost a cell, or their order"
+
+
+def test_links_between_reader_notebooks_lead_somewhere(reader_notebooks):
+    found = 0
+    for path in reader_notebooks.rglob("*.ipynb"):
+        for c in read(path)["cells"]:
+            for link in re.findall(r"\]\(([^)#:\s]+\.ipynb)(?:#[^)]*)?\)", "".join(c["source"]) if c["cell_type"] == "markdown" else ""):
+                assert (path.parent / link).is_file(), f"{path.name} links to {link}, which is not there"
+                found += 1
+    assert found > 0
