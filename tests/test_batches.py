@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from speechlearn.data.augment import Augment
 from speechlearn.data.batches import (
-    Batch, BucketSampler, Item, SpeechDataset, check_alignable, collate, generator_for, is_padding, make_loader, n_repeats, padding_share, unalignable,
+    Batch, BucketSampler, Item, SpeechDataset, assert_batch_independent, check_alignable, collate, generator_for, is_padding, make_loader, n_repeats, padding_share, unalignable,
 )
 from speechlearn.data.corpora import Corpus, Utterance
 from speechlearn.data.synthetic import sampler
@@ -178,3 +178,38 @@ def test_one_utterance_that_is_too_long_is_named():
         BucketSampler([10, 900], max_frames=500)
     with pytest.raises(ValueError, match="no utterances"):
         BucketSampler([], max_frames=500)
+
+
+class TestBatchIndependence:
+    """The shared check itself: it passes what is right, and names what is wrong."""
+
+    x = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([20, 11, 1])
+
+    def test_masked_mean_passes_and_plain_mean_does_not(self):
+        def masked(x, lengths):
+            real = ~is_padding(lengths, x.shape[1])[..., None]
+            return x - (x * real).sum(1, keepdim=True) / lengths[:, None, None], lengths
+
+        assert_batch_independent(masked, self.x, self.lengths)
+        with pytest.raises(AssertionError, match=r"utterance 1 \(11 frames of 20\) changes with its batch mates: largest difference .* at output frame \d+ of 11"):
+            assert_batch_independent(lambda x, n: (x - x.mean(1, keepdim=True), n), self.x, self.lengths)
+
+    def test_lengths_that_depend_on_the_batch(self):
+        with pytest.raises(AssertionError, match="utterance 1 .* has 20 output frames in the batch but 11 alone"):
+            assert_batch_independent(lambda x, n: (x, torch.full_like(n, x.shape[1])), self.x, self.lengths)
+
+    def test_nan_does_not_pass(self):
+        def poisoned(x, lengths):
+            return x * (float("nan") if len(x) > 1 else 1.0), lengths
+
+        with pytest.raises(AssertionError, match="utterance 0"):
+            assert_batch_independent(poisoned, self.x, self.lengths)
+
+    def test_tolerance(self):
+        def slightly(x, lengths):
+            return x + 1e-4 * len(x), lengths
+
+        assert_batch_independent(slightly, self.x, self.lengths, atol=1e-3)
+        with pytest.raises(AssertionError, match="largest difference"):
+            assert_batch_independent(slightly, self.x, self.lengths)
