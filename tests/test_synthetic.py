@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from speechlearn.data import espeak, synthetic
 from speechlearn.data.corpora import Corpus
 from speechlearn.data.espeak import Request, SynthesisError, is_available, sha256_of, speak
 from speechlearn.data.synthetic import (
-    SLOTS, TEMPLATES, TEST_VOICES, TRAIN_VOICES, count_sentences, draw_request, fill, load_corpus, make_corpus, sampler, split_of_sentence, with_pauses,
+    SLOTS, TEMPLATES, TEST_VOICES, TRAIN_VOICES, count_sentences, draw_request, fill, hard_cut, load_corpus, loud_part, make_corpus, sampler, split_of_sentence, with_pauses,
 )
 from speechlearn.sound.waveform import load, peak_db, rms_db, save
 from speechlearn.text import CharacterVocabulary
@@ -112,6 +113,53 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     monkeypatch.setattr(sys, "platform", "linux")
     assert synthetic.cache_folder() == tmp_path / "x" / "speechlearn"
+
+
+def test_loud_part_by_hand():
+    frames = torch.tensor([0.001, 0.1, 1.0, 0.001, 1.0, 0.3, 0.1, 0.001]).repeat_interleave(10)  # 8 frames of 10 ms at 1 kHz
+    # mean square 2.11/8 = 0.264: −20 dB is 0.0026, so 0.1² = 0.01 stays and 0.001² goes; the quiet frame in the middle stays
+    assert loud_part(frames, 1000, -20.0, shortest=0.0) == (10, 70)
+    assert loud_part(frames, 1000, -10.0, shortest=0.0) == (20, 60)
+    assert loud_part(frames, 1000, -10.0, shortest=0.05) == (0, 80)  # four frames would be left: not cut at all
+    assert loud_part(torch.zeros(50), 1000, -10.0) == (0, 50)
+    assert loud_part(torch.ones(7), 1000, -10.0) == (0, 7)
+
+
+def test_hard_cut_mutes_edges_and_gaps_and_nothing_else():
+    utterance = next(with_pauses(u, random.Random(1), share=1.0) for u in sampler()[:8] if len(u.words) > 3)
+    cut = hard_cut(utterance, random.Random(2), share=1.0, edge_db=(-12.0, -12.0), noise_db=(-200.0, -200.0))
+    before, after = utterance.waveform(), cut.waveform()
+    assert cut.words == utterance.words and cut.seconds == utterance.seconds and len(after) == len(before)
+    inside = torch.zeros(len(before), dtype=torch.bool)
+    for word in utterance.words:
+        start, end = round(word.start * 16_000), round(word.end * 16_000)
+        first, last = loud_part(before[start:end], 16_000, -12.0)
+        inside[start + first : start + last] = True
+    assert 0.1 < inside.float().mean() < 0.9
+    assert torch.allclose(after[inside], before[inside], atol=1e-6) and not after[~inside].any()
+
+
+def test_hard_cut_noise_has_its_level_and_its_seed():
+    utterance = sampler()[0]
+    noisy = hard_cut(utterance, random.Random(2), share=1.0, edge_db=(-12.0, -12.0), noise_db=(-20.0, -20.0))
+    clean = hard_cut(utterance, random.Random(2), share=1.0, edge_db=(-12.0, -12.0), noise_db=(-200.0, -200.0))
+    a, b = noisy.waveform(), clean.waveform()
+    assert torch.equal(a, noisy.waveform())
+    word = max(utterance.words, key=lambda w: w.end - w.start)
+    part = slice(round(word.start * 16_000), round(word.end * 16_000))
+    ratio = 20 * torch.log10((a - b)[part].norm() / b[part].norm())
+    assert ratio == pytest.approx(-20.0, abs=0.5)
+    assert not (a - b)[b == 0].count_nonzero() > 0.01 * len(b)  # the noise stops where the word stops
+
+
+def test_hard_cut_by_chance():
+    utterance = sampler()[0]
+    assert hard_cut(utterance, random.Random(1), share=0.0) is utterance
+    assert hard_cut(replace(utterance, words=()), random.Random(1), share=1.0).source is utterance.source
+    sources = [hard_cut(utterance, random.Random(i), share=0.5).source for i in range(200)]
+    changed = [s for s in sources if s is not utterance.source]
+    assert 70 < len(changed) < 130
+    assert all(-30 <= s.edge_db <= -8 and -60 <= s.noise_db <= -20 for s in changed)
 
 
 def test_pauses_shift_words_and_keep_every_sample():

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['SLOTS', 'TEMPLATES', 'ACCENTS', 'TEST_VOICES', 'DEV_VOICES', 'TRAIN_VOICES', 'FAMILIES', 'SPLITS', 'SHARD', 'SIZES',
            'CORPORA', 'count_sentences', 'fill', 'draw_sentence', 'split_of_sentence', 'draw_request', 'cache_folder',
-           'ShardPart', 'WithPauses', 'with_pauses', 'make_corpus', 'write_sampler', 'sampler', 'load_corpus']
+           'ShardPart', 'HardCut', 'loud_part', 'hard_cut', 'WithPauses', 'with_pauses', 'make_corpus', 'write_sampler',
+           'sampler', 'load_corpus']
 
 # %% ../../nbs/data/04b_synthetic.ipynb #449a2aac
 import hashlib
@@ -207,7 +208,7 @@ def draw_request(kind: str, split: str, index: int, seed: int = 0) -> Request:
     # Slower than espeak-ng's default of 175 words per minute: people speak about 14 characters a second.
     return Request(text, f"{draw.choice(ACCENTS)}+{draw.choice(voices)}", draw.randint(95, 165), draw.randint(20, 80), draw.randint(20, 80))
 
-# %% ../../nbs/data/04b_synthetic.ipynb #2cead0a7
+# %% ../../nbs/data/04b_synthetic.ipynb #9dc6cccb
 SHARD = 100
 SIZES = {  # kind -> default number of utterances by split
     "tiny": {"train": 64, "dev": 16, "test": 16},
@@ -247,6 +248,77 @@ class ShardPart:
         if len(audio) < self.samples:
             raise AudioError(f"{self.path!r} ends before its utterance does; delete it, and it is made again")
         return resample(torch.from_numpy(audio), rate, sample_rate)
+
+
+@dataclass(frozen=True)
+class HardCut:
+    """Another source whose words have lost their quiet edges, and bring the noise of their recording along.
+
+    Attributes:
+        source: with words at known times.
+        words: the times.
+        edge_db: at both ends of a word, what is quieter than this becomes silence; relative to the RMS of the word.
+        noise_db: RMS of the noise inside a word, relative to the word's.
+        seed: of the noise.
+    """
+
+    source: object
+    words: tuple[Word, ...]
+    edge_db: float
+    noise_db: float
+    seed: int
+
+    def read(self, sample_rate: int) -> Float[Tensor, "samples"]:
+        waveform = self.source.read(sample_rate)
+        result = torch.zeros_like(waveform)
+        generator = torch.Generator().manual_seed(self.seed)
+        for word in self.words:
+            start, end = round(word.start * sample_rate), min(round(word.end * sample_rate), len(waveform))
+            first, last = loud_part(waveform[start:end], sample_rate, self.edge_db)
+            kept = waveform[start + first : start + last]
+            noise = torch.randn(len(kept), generator=generator) * kept.square().mean().sqrt() * 10 ** (self.noise_db / 20)
+            result[start + first : start + last] = kept + noise
+        return result
+
+
+def loud_part(waveform: Float[Tensor, "samples"], sample_rate: int, edge_db: float, *, shortest: float = 0.06) -> tuple[int, int]:
+    """Where the first and the last frame of 10 ms lie that are louder than `edge_db`, relative to the RMS of the whole.
+
+    Args:
+        waveform: one word.
+        sample_rate: in hertz.
+        edge_db: below zero; −30 takes off breath, −10 takes off whole consonants.
+        shortest: what would be shorter, in seconds, is not cut at all.
+
+    Returns: (first sample, sample after the last).
+
+    Chapter: data/04b_synthetic.
+    """
+    frame = sample_rate // 100
+    n = len(waveform) // frame
+    if n == 0:
+        return 0, len(waveform)
+    power = waveform[: n * frame].view(n, frame).square().mean(dim=1)
+    loud = (power > waveform.square().mean() * 10 ** (edge_db / 10)).nonzero().flatten()
+    if len(loud) == 0 or (int(loud[-1]) + 1 - int(loud[0])) * 0.01 < shortest:
+        return 0, len(waveform)
+    return int(loud[0]) * frame, (int(loud[-1]) + 1) * frame
+
+
+def hard_cut(utterance: Utterance, draw: random.Random, *, share: float = 0.8, edge_db: tuple[float, float] = (-30.0, -8.0), noise_db: tuple[float, float] = (-60.0, -20.0)) -> Utterance:
+    """The same utterance as if put together from single words that somebody cut out of recordings.
+
+    Args:
+        utterance: with known word times.
+        draw: the source of chance.
+        share: so many utterances are changed; the others stay as they are.
+        edge_db, noise_db: ranges for `HardCut`.
+
+    Chapter: data/04b_synthetic.
+    """
+    if draw.random() >= share or not utterance.words:
+        return utterance
+    return replace(utterance, source=HardCut(utterance.source, utterance.words, draw.uniform(*edge_db), draw.uniform(*noise_db), draw.randrange(2**31)))
 
 
 @dataclass(frozen=True)
