@@ -235,7 +235,7 @@ def test_settings_are_read(tmp_path):
     "text, says",
     [
         ("step: 7", "'step'.*Did you mean 'steps'"),
-        ("zzzzzz: 7", "no setting.*Known: corpus"),
+        ("zzzzzz: 7", "no setting.*Known: model, corpus"),
         ("steps: many", "steps is 'many'; expected int"),
         ("steps: 7.5", "expected int"),
         ("steps: true", "expected int"),
@@ -245,7 +245,7 @@ def test_settings_are_read(tmp_path):
         ("- steps", "lines like 'steps: 500'"),
         ("", "lines like 'steps: 500'"),
         ("steps: 0", "steps is 0; it must be at least 1"),
-        ("vocabulary: phones", "words or letters"),
+        ("vocabulary: phones", "words, letters or subwords"),
         ("fastest: 3.0", "expected 1 to 2"),
         ("average: 1.0", "between 0 and 1"),
     ],

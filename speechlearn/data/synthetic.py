@@ -208,7 +208,7 @@ def draw_request(kind: str, split: str, index: int, seed: int = 0) -> Request:
     # Slower than espeak-ng's default of 175 words per minute: people speak about 14 characters a second.
     return Request(text, f"{draw.choice(ACCENTS)}+{draw.choice(voices)}", draw.randint(95, 165), draw.randint(20, 80), draw.randint(20, 80))
 
-# %% ../../nbs/data/04b_synthetic.ipynb #9dc6cccb
+# %% ../../nbs/data/04b_synthetic.ipynb #35c64e13
 SHARD = 100
 SIZES = {  # kind -> default number of utterances by split
     "tiny": {"train": 64, "dev": 16, "test": 16},
@@ -305,7 +305,7 @@ def loud_part(waveform: Float[Tensor, "samples"], sample_rate: int, edge_db: flo
     return int(loud[0]) * frame, (int(loud[-1]) + 1) * frame
 
 
-def hard_cut(utterance: Utterance, draw: random.Random, *, share: float = 0.8, edge_db: tuple[float, float] = (-30.0, -8.0), noise_db: tuple[float, float] = (-60.0, -20.0)) -> Utterance:
+def hard_cut(utterance: Utterance, draw: random.Random, *, share: float = 0.8, edge_db: tuple[float, float] = (-30.0, -8.0), noise_db: tuple[float, float] = (-50.0, -6.0)) -> Utterance:
     """The same utterance as if put together from single words that somebody cut out of recordings.
 
     Args:
