@@ -332,6 +332,49 @@ def test_train_stop_resume_and_use(run, clips, wav, tmp_path, monkeypatch):
     assert all(torch.equal(again[name], value) for name, value in loaded.model.state_dict().items())
 
 
+@pytest.mark.parametrize("vocabulary", ["letters", "words"])
+def test_a_speech_transformer_is_trained_stopped_and_resumed_to_the_same_weights(run, clips, wav, tmp_path, monkeypatch, vocabulary):
+    settings = {
+        "model": "speech-transformer", "corpus": "fsdd:6", "root": str(clips), "speakers": "ann", "vocabulary": vocabulary, "d_model": 16, "n_layers": 1, "n_decoder_layers": 1,
+        "n_bins": 40, "top_hz": 3800.0, "masks": 1, "hard_cut": 1.0, "steps": 4, "validate_every": 2, "max_frames": 1000,
+    }
+    (tmp_path / "a.json").write_text(json.dumps(settings))
+    command = ["train", "--config", tmp_path / "a.json"]
+    assert run(*command, "--directory", tmp_path / "whole")[0] == 0
+    keep = speechlearn.training.save_run
+
+    def interrupted(run):
+        keep(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(speechlearn.training, "save_run", interrupted)
+        assert run(*command, "--directory", tmp_path / "parts", "--resume")[0] == 130
+    assert run(*command, "--directory", tmp_path / "parts", "--resume")[0] == 0
+    whole, parts = (load_checkpoint(tmp_path / name / "recogniser") for name in ("whole", "parts"))
+    assert type(whole.model).__name__ == "SpeechTransformer" and whole.features["n_bins"] == 40 and whole.features["f_max"] == 3800.0
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), parts.model.state_dict().values()))
+    code, out, err = run("transcribe", "--checkpoint", tmp_path / "whole" / "recogniser", wav)
+    assert code == 0, err
+
+
+def test_numbers_of_utterances_in_the_corpus(run, clips, tmp_path):
+    from speechlearn.cli import load_mixture
+
+    recipe = Recipe(corpus="fsdd:3", root=str(clips), speakers="ann", utterances=7)
+    assert [len(load_mixture(recipe, split, 2)) for split in ("train", "dev")] == [3, 2]
+    code, out, err = run("train", "--directory", tmp_path / "run", "--corpus", "fsdd:many", "--root", clips)
+    assert code == 1 and "corpus 'fsdd:many': after the colon stands the number of utterances, as in fsdd:2000" in err
+
+
+def test_subwords_are_learned_from_the_training_texts():
+    pytest.importorskip("espeakng_loader")
+    model, vocabulary = make_model(Recipe(model="speech-transformer", corpus="tiny", utterances=64, vocabulary="subwords", n_subwords=60, d_model=16, n_layers=1))
+    assert vocabulary.kind == "subwords" and model.config.vocab == len(vocabulary)
+    text = "turn on the kitchen light"
+    assert vocabulary.decode(vocabulary.encode(text)) == text and len(vocabulary.encode(text)) < len(text)
+
+
 def test_train_says_what_is_wrong_with_the_corpus(run, tmp_path):
     code, out, err = run("train", "--directory", tmp_path / "run", "--corpus", "digitz")
     assert code == 1 and out == "" and "no corpus 'digitz'" in err

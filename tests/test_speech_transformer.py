@@ -22,6 +22,7 @@ from speechlearn.speech_transformer.encoder import (
     ConvFrontEnd, SpeechEncoder, SpeechTransformerConfig, TwoDimensionalAttention, check_features, halved, without_padding,
 )
 from speechlearn.text import CharacterVocabulary
+from speechlearn.transformer.attention import Attention, padding_mask
 from speechlearn.transformer.blocks import count_parameters, shifted
 
 LENGTHS = torch.tensor([37, 1, 20, 9])
@@ -339,6 +340,24 @@ class TestEncoder:
             memory, steps = encoder(noise(1, 1101, 12), torch.tensor([1101]))
         assert memory.shape == (1, 276, 16) and steps.tolist() == [276] and memory.isfinite().all()
 
+    def test_ends_in_the_norm_of_the_stack(self):
+        encoder, caught = built(louder=2.0).encoder.eval(), []
+        hook = encoder.positions.register_forward_hook(lambda _, inputs, output: caught.append(output))
+        memory, steps = encoder(padded(), LENGTHS)
+        hook.remove()
+        assert torch.allclose(memory, encoder.stack(caught[0], mask=padding_mask(steps, memory.shape[1])), atol=1e-6)
+
+    def test_dropout_is_everywhere_the_same(self):
+        model = built(dropout=0.3, local_kernel=5)
+        rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+        rates |= {name: module.dropout for name, module in model.named_modules() if isinstance(module, Attention)}
+        assert set(rates.values()) == {0.3} and {"encoder.positions.dropout", "encoder.local.0.dropout", "decoder.positions.dropout"} < set(rates)
+
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_both_halves_know_where_the_norm_stands(self, norm_first):
+        model = built(norm_first=norm_first)
+        assert [block.norm_first for stack in (model.encoder.stack, model.decoder.stack) for block in stack.blocks] == [norm_first] * 4
+
     def test_options_build_what_they_say(self):
         encoder = built(n_front_attention=2, local_kernel=5).encoder
         assert len(encoder.front_attention) == 2 and [m.convolution.kernel_size for m in encoder.local] == [(5,), (5,)]
@@ -612,6 +631,15 @@ class TestByHeart:
         together = model.recognise(batch.features, batch.feature_lengths, vocabulary)
         for i, n in enumerate(batch.feature_lengths.tolist()):
             assert model.recognise(batch.features[i : i + 1, :n], batch.feature_lengths[i : i + 1], vocabulary)[0] == together[i]
+
+    @torch.no_grad()
+    def test_places_are_not_found_in_the_padding(self, by_heart):
+        model, batch, vocabulary, _ = by_heart
+        state = model.start(batch.features, batch.feature_lengths)
+        texts = [vocabulary.encode(text) for text in batch.texts]
+        before = model._steps_of(texts, state.memory, state.memory_mask)
+        noisy = state.memory.where(state.memory_mask[:, 0, 0, :, None], 20 * noise(*state.memory.shape))
+        assert model._steps_of(texts, noisy, state.memory_mask) == before
 
     @torch.no_grad()
     def test_most_of_what_a_taught_decoder_gets_right_it_knows_from_spelling(self, by_heart):
