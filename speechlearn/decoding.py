@@ -43,9 +43,9 @@ def length_normalised(log_prob: float, n_symbols: int, power: float) -> float:
     """
     return log_prob / max(1, n_symbols) ** power
 
-# %% ../nbs/speech_transformer/11_decoding.ipynb #7bc0a844
-def _limits(max_length, n, device) -> Tensor:
-    limits = torch.as_tensor(max_length, device=device).expand(n).long()
+# %% ../nbs/speech_transformer/11_decoding.ipynb #4718f5b0
+def _limits(max_length, n) -> Tensor:
+    limits = torch.as_tensor(max_length).cpu().expand(n).long()
     if int(limits.min()) < 1:
         raise ValueError(f"max_length is {max_length}; each text may have at least one symbol")
     return limits
@@ -55,7 +55,7 @@ def _checked(log_probs: Tensor) -> Tensor:
     if log_probs.isnan().any():
         row = int(log_probs.isnan().any(dim=1).nonzero()[0])
         raise ArithmeticError(f"the model gives NaN for row {row}; its weights or its input are damaged")
-    return log_probs
+    return log_probs.cpu()  # the search itself is small; `step` and `select` move what they get to the model's device
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def greedy_search(
     Chapter: speech_transformer/11_decoding.
     """
     tokens, totals = torch.full((n,), sos), torch.zeros(n)
-    limits = _limits(max_length, n, tokens.device)
+    limits = _limits(max_length, n)
     written: list[list[int]] = [[] for _ in range(n)]
     ended, finished = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     for length in range(int(limits.max()) + 1):
@@ -101,7 +101,7 @@ def greedy_search(
         for text, total, end in zip(written, totals.tolist(), finished.tolist())
     ]
 
-# %% ../nbs/speech_transformer/11_decoding.ipynb #782597ca
+# %% ../nbs/speech_transformer/11_decoding.ipynb #c36cf5a0
 @torch.no_grad()
 def beam_search(
     step: Callable, state, n: int, *, sos: int, eos: int, beam: int, max_length: int | Int[Tensor, "n"], never: tuple[int, ...] = (), length_power: float = 0.0
@@ -125,7 +125,7 @@ def beam_search(
     """
     if beam < 1:
         raise ValueError(f"beam is {beam}; it must be at least 1")
-    limits = _limits(max_length, n, "cpu").tolist()
+    limits = _limits(max_length, n).tolist()
     live = [[((), 0.0)] for _ in range(n)]  # for each utterance: (tokens, log_prob), best first
     ended: list[list[Hypothesis]] = [[] for _ in range(n)]
     texts = [(i, tokens) for i in range(n) for tokens, _ in live[i]]  # what the rows of the state stand for
@@ -179,7 +179,7 @@ def beam_search(
         texts = next_texts
     return ended
 
-# %% ../nbs/speech_transformer/11_decoding.ipynb #4dbff664
+# %% ../nbs/speech_transformer/11_decoding.ipynb #0892cc83
 @torch.no_grad()
 def alignment_of(
     model, features: Float[Tensor, "1 frames bins"], feature_lengths: Int[Tensor, "1"], tokens: list[int]
@@ -198,7 +198,7 @@ def alignment_of(
     if not tokens:
         raise ValueError("the text is empty; there is nothing to align")
     memory, _ = model.encoder(features, feature_lengths)
-    seen = torch.tensor([[model.config.sos, *tokens[:-1]]])  # the query that writes a token stands at the token before it
+    seen = torch.tensor([[model.config.sos, *tokens[:-1]]], device=memory.device)  # the query that writes a token stands at the token before it
     with recorded_attention(model.decoder) as weights:
         model.decoder(seen, memory)
     return torch.stack([w[0][0].mean(dim=0) for name, w in weights.items() if name.endswith("cross_attention")]).mean(dim=0)
@@ -237,7 +237,7 @@ def plot_alignment(
         each.grid(False)
     return figure
 
-# %% ../nbs/speech_transformer/11_decoding.ipynb #9e193d0e
+# %% ../nbs/speech_transformer/11_decoding.ipynb #43220f33
 @torch.no_grad()
 def rescore_with_ctc(
     hypotheses: list[Hypothesis], ctc_log_probs: Float[Tensor, "steps vocab"], *, weight: float, blank: int = 0, length_power: float = 0.0
@@ -265,6 +265,7 @@ def rescore_with_ctc(
     targets = torch.zeros(n, max(1, int(lengths.max())), dtype=torch.long)
     for row, h in zip(targets, hypotheses):
         row[: len(h.tokens)] = torch.tensor(h.tokens, dtype=torch.long)
+    ctc_log_probs = ctc_log_probs.cpu()
     losses = F.ctc_loss(ctc_log_probs[:, None].expand(-1, n, -1), targets, torch.full((n,), steps), lengths, blank=blank, reduction="none")
     mixed = []
     for h, ctc in zip(hypotheses, (-losses).tolist()):

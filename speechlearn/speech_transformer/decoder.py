@@ -19,7 +19,7 @@ from ..transformer.attention import padding_mask, recorded_attention
 from ..transformer.blocks import DecoderState, TokenDecoder, sequence_loss, shifted
 from ..whole_game import words_of
 
-# %% ../../nbs/speech_transformer/10_decoder.ipynb #ee9c78c3
+# %% ../../nbs/speech_transformer/10_decoder.ipynb #ef88ef65
 class SpeechTransformer(nn.Module):
     """Features to text with attention: an encoder that listens, a decoder that writes one symbol after another.
 
@@ -114,7 +114,7 @@ class SpeechTransformer(nn.Module):
         for row, tokens in zip(seen, texts):  # the query that writes token i stands at the token before it
             row[: len(tokens)] = torch.tensor([self.config.sos, *tokens[:-1]][: len(tokens)], dtype=torch.long)
         with recorded_attention(self.decoder) as weights:
-            self.decoder(seen, memory, memory_mask=memory_mask)
+            self.decoder(seen.to(memory.device), memory, memory_mask=memory_mask)
         mean = torch.stack([w[0].mean(dim=1) for name, w in weights.items() if name.endswith("cross_attention")]).mean(dim=0)
         places = mean.argmax(dim=-1).cummax(dim=1).values  # (batch, tokens)
         return [row[: len(tokens)].tolist() for row, tokens in zip(places, texts)]

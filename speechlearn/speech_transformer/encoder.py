@@ -4,10 +4,10 @@
 __all__ = ['halved', 'without_padding', 'check_features', 'ConvFrontEnd', 'SpeechTransformerConfig', 'TwoDimensionalAttention',
            'SpeechEncoder']
 
-# %% ../../nbs/speech_transformer/09_encoder.ipynb #105617b8
+# %% ../../nbs/speech_transformer/09_encoder.ipynb #2be7ec3a
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from einops import rearrange
@@ -37,20 +37,26 @@ def without_padding(x: Float[Tensor, "batch channels steps bins"], lengths: Int[
     """
     return x.masked_fill(is_padding(lengths, x.shape[2])[:, None, :, None], 0.0)
 
-# %% ../../nbs/speech_transformer/09_encoder.ipynb #e7241966
+# %% ../../nbs/speech_transformer/09_encoder.ipynb #f8728f0f
 def check_features(features: Tensor, lengths: Tensor, n_bins: int) -> None:
-    """Refuse features of the wrong rank, number of bins, or lengths.
+    """Refuse features of the wrong rank or number of bins, and lengths that do not fit them.
 
     Raises: ValueError. Chapter: speech_transformer/09_encoder.
     """
     if features.dim() != 3:
         raise ValueError(f"the features have shape {tuple(features.shape)}; expected (batch, frames, bins). One utterance alone: features[None]")
-    if features.shape[2] != n_bins:
-        raise ValueError(f"the features have {features.shape[2]} bins; this model was made for {n_bins}")
-    if lengths.shape != features.shape[:1] or int(lengths.min()) < 1 or int(lengths.max()) > features.shape[1]:
-        raise ValueError(f"feature_lengths {lengths.tolist()} do not fit {features.shape[0]} utterances of {features.shape[1]} frames; each must lie between 1 and the number of frames")
+    n_utterances, n_frames, bins = features.shape
+    if bins != n_bins:
+        turned = " Are frames and bins exchanged?" if n_frames == n_bins else ""
+        raise ValueError(f"the features have {bins} bins; this model was made for {n_bins}.{turned}")
+    if lengths.shape != (n_utterances,) or n_utterances == 0 or lengths.is_floating_point():
+        raise ValueError(f"feature_lengths has shape {tuple(lengths.shape)} and {lengths.dtype}; expected a whole number for each of the {n_utterances} utterances, and at least one utterance")
+    outside = (lengths < 1) | (lengths > n_frames)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise ValueError(f"utterance {i} of the batch has feature_length {int(lengths[i])}; it must lie between 1 and {n_frames}, the frames of the rectangle")
 
-# %% ../../nbs/speech_transformer/09_encoder.ipynb #f8198734
+# %% ../../nbs/speech_transformer/09_encoder.ipynb #e499f5d9
 class ConvFrontEnd(nn.Module):
     """Two 3×3 convolutions with stride 2 over time and frequency: a quarter of the frames, a quarter of the bins.
 
@@ -60,7 +66,7 @@ class ConvFrontEnd(nn.Module):
 
     Call: `(features (batch, frames, bins), lengths) -> (maps (batch, channels, steps, bands), step_lengths)`.
 
-    Source: Dong, Xu and Xu, “Speech-Transformer”, ICASSP 2018, section 3.1. Chapter: speech_transformer/09_encoder.
+    Source: Dong, Xu and Xu, “Speech-Transformer”, ICASSP 2018. Chapter: speech_transformer/09_encoder.
     """
 
     def __init__(self, n_bins: int, channels: int):
@@ -77,7 +83,7 @@ class ConvFrontEnd(nn.Module):
             lengths = halved(lengths)
         return maps, lengths
 
-# %% ../../nbs/speech_transformer/09_encoder.ipynb #4a9ee65b
+# %% ../../nbs/speech_transformer/09_encoder.ipynb #710b407b
 @dataclass(frozen=True)
 class SpeechTransformerConfig:
     """Sizes and options of a Speech-Transformer. The defaults are small enough to train on a laptop."""
@@ -103,14 +109,18 @@ class SpeechTransformerConfig:
     eos: int = 3
 
     def __post_init__(self):
-        if self.vocab <= max(self.blank, self.pad, self.sos, self.eos):
-            raise ValueError(f"vocab is {self.vocab}; it must be above the special symbols blank={self.blank}, pad={self.pad}, sos={self.sos}, eos={self.eos}")
+        sizes = ("vocab", "n_bins", "d_model", "n_heads", "n_encoder_layers", "n_decoder_layers", "d_feedforward", "front_channels")
+        for name in (*sizes, "n_front_attention", "local_kernel"):
+            value, least = getattr(self, name), int(name in sizes)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
+        special = {"blank": self.blank, "pad": self.pad, "sos": self.sos, "eos": self.eos}
+        if min(special.values()) < 0 or self.vocab <= max(special.values()):
+            raise ValueError(f"vocab is {self.vocab}; the special symbols {special} must lie between 0 and {self.vocab - 1}")
         if len({self.pad, self.sos, self.eos}) < 3:
             raise ValueError(f"pad, sos and eos must differ; they are {self.pad}, {self.sos} and {self.eos}")
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model ({self.d_model}) must be even and a multiple of n_heads ({self.n_heads})")
-        if self.n_bins < 7:
-            raise ValueError(f"n_bins is {self.n_bins}; two convolutions with stride 2 need at least 7")
         if self.local_kernel and self.local_kernel % 2 == 0:
             raise ValueError(f"local_kernel is {self.local_kernel}; an odd one has a middle (0 switches the local mixers off)")
         for name in ("dropout", "label_smoothing"):
@@ -125,20 +135,24 @@ class SpeechTransformerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "SpeechTransformerConfig":
-        """Settings from JSON text. Raises ValueError: an entry that is no setting."""
+        """Settings from JSON text. Raises ValueError: no JSON object, an entry that is no setting, or no vocab."""
         settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError(f"expected a JSON object with the settings, got {text[:40]!r}")
         unknown = set(settings) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"the settings have {sorted(unknown)}, which a Speech-Transformer does not; known: {', '.join(cls.__dataclass_fields__)}")
+        if "vocab" not in settings:
+            raise ValueError("the settings have no 'vocab', the number of symbols; it has no default")
         return cls(**settings)
 
-# %% ../../nbs/speech_transformer/09_encoder.ipynb #39877b97
+# %% ../../nbs/speech_transformer/09_encoder.ipynb #cb47291f
 class TwoDimensionalAttention(nn.Module):
     """Attention along time and along frequency, side by side, on the maps of a convolution.
 
-    Three convolutions make queries, keys and values, `channels` maps of each. Every channel is a head. For time, the positions are the steps
-    (a vector holds the bands); for frequency, the positions are the bands (a vector holds the steps). A last convolution mixes both results
-    into the maps that came in, and the sum goes on.
+    Three convolutions make queries, keys and values, `n_heads` maps of each. Every map is a head. For time, the positions are the steps
+    (a vector holds the bands); for frequency, the positions are the bands (a vector holds the steps of the whole utterance, so this cannot run while
+    somebody is still speaking). A last convolution mixes both results into as many maps as came in, and the sum of both goes on.
 
     Args:
         channels: of the maps that come in and go out.
@@ -146,7 +160,8 @@ class TwoDimensionalAttention(nn.Module):
 
     Call: `(maps (batch, channels, steps, bands), step_lengths) -> maps`.
 
-    Source: Dong, Xu and Xu, “Speech-Transformer”, ICASSP 2018, section 3.3 and figure 3. Chapter: speech_transformer/09_encoder.
+    Source: Dong, Xu and Xu, “Speech-Transformer”, ICASSP 2018 (2D-Attention). The residual sum and the care for padding are ours.
+    Chapter: speech_transformer/09_encoder.
     """
 
     def __init__(self, channels: int, n_heads: int):
@@ -180,7 +195,7 @@ class TwoDimensionalAttention(nn.Module):
         across = [rearrange(x, "b c t f -> b c f t") for x in (self._scaled(query, lengths), key, value)]
         return time, scaled_dot_product(*across)[1]
 
-# %% ../../nbs/speech_transformer/09_encoder.ipynb #61fe951f
+# %% ../../nbs/speech_transformer/09_encoder.ipynb #467229ad
 class SpeechEncoder(nn.Module):
     """Features to vectors every 40 ms: convolutions, perhaps 2-D attention, a linear map, positions, Transformer blocks.
 
@@ -189,7 +204,7 @@ class SpeechEncoder(nn.Module):
 
     Call: `(features (batch, frames, bins), lengths) -> (memory (batch, steps, d_model), step_lengths)`.
 
-    Source: Dong, Xu and Xu, “Speech-Transformer”, ICASSP 2018, sections 3.1 and 3.2. Chapter: speech_transformer/09_encoder.
+    Source: Dong, Xu and Xu, “Speech-Transformer”, ICASSP 2018. Chapter: speech_transformer/09_encoder.
     """
 
     def __init__(self, config: SpeechTransformerConfig):

@@ -219,7 +219,7 @@ def embedding(vocab: int, d_model: int, *, pad: int | None = None) -> nn.Embeddi
             table.weight[pad] = 0.0
     return table
 
-# %% ../../nbs/transformer/07_blocks.ipynb #6eec1367
+# %% ../../nbs/transformer/07_blocks.ipynb #5885beb1
 @dataclass
 class DecoderState:
     """Where a decoder is while it writes: the encoder's output, what may be attended to in it, and a cache for each block.
@@ -240,11 +240,12 @@ class DecoderState:
 
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         """Keep these rows, in this order; a row may occur several times."""
+        rows = rows.to(self.memory.device)
         self.memory, self.memory_mask, self.tokens = self.memory[rows], self.memory_mask[rows], self.tokens[rows]
         for cache in self.caches or []:
             cache.select(rows)
 
-# %% ../../nbs/transformer/07_blocks.ipynb #5207575c
+# %% ../../nbs/transformer/07_blocks.ipynb #624c3fcf
 class TokenDecoder(nn.Module):
     """Tokens so far to scores for the next one: embedding, positions, causal blocks with cross-attention, language head.
 
@@ -287,6 +288,7 @@ class TokenDecoder(nn.Module):
 
     def step(self, tokens: Int[Tensor, "batch"], state: DecoderState) -> Float[Tensor, "batch vocab"]:
         """Write one token in each row; returns log-probabilities of the next one. The state moves on."""
+        tokens = tokens.to(state.tokens.device)
         state.tokens = torch.cat([state.tokens, tokens[:, None]], dim=1)
         new = state.tokens if state.caches is None else tokens[:, None]
         return self(new, state.memory, memory_mask=state.memory_mask, caches=state.caches)[:, -1]
