@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../nbs/workshop/cli.ipynb #37b32f59
+# %% ../nbs/workshop/cli.ipynb #4305e9b6
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -33,6 +33,7 @@ class Recipe:
     telephone: float = _setting(0.5, "part of the utterances that is limited to 4 kHz, as a telephone does")
     fastest: float = _setting(1.5, "utterances are played up to so much faster")
     hard_cut: float = _setting(0.8, "part of the digit strings whose words lose their quiet edges, as in clips that people have cut")
+    warp: float = _setting(0.0, "voices get vocal tracts up to this part longer or shorter in training, for instance 0.2")
     masks: int = _setting(0, "bands of frequency, and stretches of time, that are hidden in each utterance in training")
     d_model: int = _setting(96, "numbers that describe one moment")
     n_layers: int = _setting(3, "layers of the encoder")
@@ -58,8 +59,8 @@ class Recipe:
             raise ValueError(f"vocabulary is {self.vocabulary!r}; choose words, letters or subwords")
         if self.masks < 0 or not 1000 <= self.top_hz <= 8000:
             raise ValueError(f"masks is {self.masks} (expected 0 or more) and top_hz {self.top_hz} (expected 1000 to 8000)")
-        if not 0 <= self.hard_cut <= 1:
-            raise ValueError(f"hard_cut is {self.hard_cut}; expected 0 to 1")
+        if not 0 <= self.hard_cut <= 1 or not 0 <= self.warp <= 1:
+            raise ValueError(f"hard_cut is {self.hard_cut} and warp {self.warp}; expected 0 to 1 for both")
         if not 0 <= self.telephone <= 1 or not 1 <= self.fastest <= 2:
             raise ValueError(f"telephone is {self.telephone} (expected 0 to 1) and fastest {self.fastest} (expected 1 to 2)")
         if not 0 <= self.average < 1:
@@ -104,7 +105,7 @@ def read_settings(path: str | Path) -> dict:
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 
-# %% ../nbs/workshop/cli.ipynb #50a35c13
+# %% ../nbs/workshop/cli.ipynb #7e534328
 def make_vocabulary(recipe: Recipe):
     """The vocabulary of a recipe; subwords are learned from its training texts.
 
@@ -176,7 +177,7 @@ def run_training(recipe: Recipe, directory: str | Path, *, resume: bool = False,
     from speechlearn.data.corpora import Corpus
     from speechlearn.data.synthetic import hard_cut
     from speechlearn.recogniser import Recogniser
-    from speechlearn.sound.features import LogMel, SpecAugment
+    from speechlearn.sound.features import LogMel, SpecAugment, VocalTractWarp
     from speechlearn.training import TrainConfig, train
 
     if recipe.threads:
@@ -194,10 +195,14 @@ def run_training(recipe: Recipe, directory: str | Path, *, resume: bool = False,
         n_steps=recipe.steps, learning_rate=recipe.learning_rate, warmup_steps=min(recipe.warmup_steps, recipe.steps // 2), validate_every=recipe.validate_every,
         average=recipe.average or None, seed=recipe.seed,
     )
-    hide = SpecAugment(n_frequency_masks=recipe.masks, n_time_masks=recipe.masks)
+    hide, warp = SpecAugment(n_frequency_masks=recipe.masks, n_time_masks=recipe.masks), VocalTractWarp(recipe.warp, f_max=recipe.top_hz)
 
     def loss(model, batch):
-        return model.loss(replace(batch, features=hide(batch.features, batch.feature_lengths)) if model.training and recipe.masks else batch)
+        if model.training and recipe.warp:
+            batch = replace(batch, features=warp(batch.features, batch.feature_lengths))
+        if model.training and recipe.masks:
+            batch = replace(batch, features=hide(batch.features, batch.feature_lengths))
+        return model.loss(batch)
 
     result = train(
         model,

@@ -336,7 +336,7 @@ def test_train_stop_resume_and_use(run, clips, wav, tmp_path, monkeypatch):
 def test_a_speech_transformer_is_trained_stopped_and_resumed_to_the_same_weights(run, clips, wav, tmp_path, monkeypatch, vocabulary):
     settings = {
         "model": "speech-transformer", "corpus": "fsdd:6", "root": str(clips), "speakers": "ann", "vocabulary": vocabulary, "d_model": 16, "n_layers": 1, "n_decoder_layers": 1,
-        "n_bins": 40, "top_hz": 3800.0, "masks": 1, "hard_cut": 1.0, "steps": 4, "validate_every": 2, "max_frames": 1000,
+        "n_bins": 40, "top_hz": 3800.0, "masks": 1, "warp": 0.2, "hard_cut": 1.0, "steps": 4, "validate_every": 2, "max_frames": 1000,
     }
     (tmp_path / "a.json").write_text(json.dumps(settings))
     command = ["train", "--config", tmp_path / "a.json"]

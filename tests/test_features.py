@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from speechlearn.sound.features import (
     KaldiFbank,
     LogMel,
     SpecAugment,
+    VocalTractWarp,
     _checked_lengths,
     frame_signal,
     hz_to_mel,
@@ -34,6 +36,7 @@ from speechlearn.sound.features import (
     normalise_utterance,
     plot_spectrogram,
     power_spectrum,
+    warp_frequencies,
     window_function,
 )
 
@@ -757,3 +760,55 @@ def test_a_waveform_with_nan_is_refused():
 def test_bad_settings_are_refused_on_creation(make):
     with pytest.raises(ValueError):
         make()
+
+
+# ---- vocal tract length -----------------------------------------------------------------------------------
+
+
+def test_warping_reads_each_bin_at_another_frequency():
+    """Against numpy's interpolation on the same mel axis."""
+    features, factors = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)), torch.tensor([0.85, 1.2])
+    mel = lambda f: 1127.01048 * np.log1p(np.asarray(f) / 700)  # noqa: E731
+    axis = np.linspace(mel(20.0), mel(4000.0), 42)[1:-1]
+    hertz = 700 * np.expm1(axis / 1127.01048)
+    got = warp_frequencies(features, factors, f_max=4000.0)
+    for row, factor, result in zip(features, factors.tolist(), got):
+        for frame, expected in zip(row.numpy(), result.numpy()):
+            np.testing.assert_allclose(np.interp(mel(hertz * factor), axis, frame), expected, atol=2e-4)
+
+
+def test_warping_by_one_and_back():
+    smooth = torch.linspace(0, 3, 80).sin().expand(1, 4, 80).contiguous()
+    torch.testing.assert_close(warp_frequencies(smooth, torch.ones(1)), smooth, atol=1e-4, rtol=0)
+    there = warp_frequencies(smooth, torch.tensor([1.1]))
+    back = warp_frequencies(there, torch.tensor([1 / 1.1]))
+    assert (there - smooth).abs().max() > 0.05
+    torch.testing.assert_close(back[..., 5:70], smooth[..., 5:70], atol=2e-3, rtol=0)
+
+
+def test_warping_moves_peaks_and_keeps_padding():
+    peak = torch.zeros(1, 2, 80)
+    peak[0, 0, 40] = 1.0
+    up, down = (warp_frequencies(peak, torch.tensor([f])) for f in (0.9, 1.1))
+    assert int(up[0, 0].argmax()) > 40 > int(down[0, 0].argmax())
+    assert not up[0, 1].any()
+
+
+def test_vocal_tract_warp_only_in_training_and_from_its_generator():
+    features, lengths = torch.randn(3, 5, 80, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 4, 2])
+    make = lambda seed: VocalTractWarp(0.2, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    assert torch.equal(make(1)(features, lengths), make(1)(features, lengths))
+    assert not torch.equal(make(1)(features, lengths), make(2)(features, lengths))
+    assert make(1).eval()(features, lengths) is features
+    assert VocalTractWarp(0.0)(features, lengths) is features
+    with pytest.raises(ValueError, match="strength is 2"):
+        VocalTractWarp(2.0)
+    with pytest.raises(ValueError, match="expected one above zero for each of the 3 utterances"):
+        warp_frequencies(features, torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_factors_of_the_warp_stay_in_their_range(monkeypatch):
+    seen = []
+    monkeypatch.setattr("speechlearn.sound.features.warp_frequencies", lambda x, factors, **k: seen.append(factors) or x)
+    VocalTractWarp(0.25, generator=torch.Generator().manual_seed(0))(torch.zeros(500, 1, 8), torch.ones(500, dtype=torch.long))
+    assert 0.8 <= seen[0].min() < 0.82 and 1.23 < seen[0].max() <= 1.25 and seen[0].log().mean().abs() < 0.02

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MEL_FACTOR', 'KALDI_FLOOR', 'n_frames', 'frame_signal', 'window_function', 'power_spectrum', 'hz_to_mel', 'mel_to_hz',
            'mel_filter_bank', 'log_mel', 'LogMel', 'plot_spectrogram', 'kaldi_fbank', 'KaldiFbank',
-           'normalise_utterance', 'GlobalNormalisation', 'SpecAugment']
+           'normalise_utterance', 'GlobalNormalisation', 'SpecAugment', 'warp_frequencies', 'VocalTractWarp']
 
 # %% ../../nbs/sound/02_features.ipynb #6eaea6bb
 import math
@@ -467,3 +467,56 @@ class SpecAugment(nn.Module):
         longest = (feature_lengths * self.max_fraction).long().clamp(max=self.max_frames)
         hidden = hidden | self._spans(self.n_time_masks, longest, feature_lengths, frames)[:, :, None]
         return features.masked_fill(hidden, 0.0)
+
+# %% ../../nbs/sound/02_features.ipynb #0acc63c3
+def warp_frequencies(features: Float[Tensor, "batch frames bins"], factors: Float[Tensor, "batch"], *, f_min: float = 20.0, f_max: float = 8000.0) -> Float[Tensor, "batch frames bins"]:
+    """Read each mel bin at another frequency: its own, times the factor of its utterance; between two bins by a straight line.
+
+    Args:
+        features: of mel bins between `f_min` and `f_max`.
+        factors: above 1 moves everything down, as a longer vocal tract does; below 1 up. Beyond the last bin its value is repeated.
+        f_min, f_max: of the filter bank, in hertz.
+
+    Raises: ValueError: a factor that is not above zero, or not one for each utterance.
+
+    Source: Jaitly and Hinton, “Vocal Tract Length Perturbation”, ICML workshop 2013, section 3, with a plain factor instead of a broken line.
+    Chapter: sound/02_features.
+    """
+    batch, frames, bins = features.shape
+    if factors.shape != (batch,) or not (factors > 0).all():
+        raise ValueError(f"factors are {factors.tolist()}; expected one above zero for each of the {batch} utterances")
+    low, high = (hz_to_mel(torch.tensor(float(f))) for f in (f_min, f_max))
+    step = (high - low) / (bins + 1)
+    centre = mel_to_hz(low + step * torch.arange(1, bins + 1))
+    source = ((hz_to_mel(centre * factors.cpu()[:, None]) - low) / step - 1).clamp(0, bins - 1).to(features)  # (batch, bins), counted in bins
+    below = source.floor().long().clamp(max=max(0, bins - 2))
+    part = (source - below)[:, None, :]
+    left = features.gather(2, below[:, None, :].expand(batch, frames, bins))
+    right = features.gather(2, (below + min(1, bins - 1))[:, None, :].expand(batch, frames, bins))
+    return left * (1 - part) + right * part
+
+
+class VocalTractWarp(nn.Module):
+    """Give each utterance another length of the vocal tract by chance; only in training.
+
+    Args:
+        strength: the factor lies between 1 / (1 + strength) and 1 + strength, even on a logarithmic axis.
+        f_min, f_max: of the filter bank, in hertz.
+        generator: draws come from it; torch's global one when None.
+
+    Call: `(features (batch, frames, bins), feature_lengths) -> features`; the input is not changed.
+
+    Source: as `warp_frequencies`. Chapter: sound/02_features.
+    """
+
+    def __init__(self, strength: float = 0.2, *, f_min: float = 20.0, f_max: float = 8000.0, generator: torch.Generator | None = None):
+        super().__init__()
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; expected 0 (no change) to 1 (up to double)")
+        self.strength, self.f_min, self.f_max, self.generator = strength, f_min, f_max, generator
+
+    def forward(self, features: Float[Tensor, "batch frames bins"], feature_lengths: Int[Tensor, "batch"]) -> Float[Tensor, "batch frames bins"]:
+        if not self.training or self.strength == 0:
+            return features
+        draws = torch.rand(len(features), generator=self.generator) * 2 - 1
+        return warp_frequencies(features, (draws * math.log1p(self.strength)).exp(), f_min=self.f_min, f_max=self.f_max)
