@@ -69,10 +69,25 @@ class TestLayerNorm:
         assert changed.nonzero().tolist() == [[0, 2]]
 
 
-def test_feed_forward_against_two_linear_maps():
+@pytest.mark.parametrize("activation, bend", [("relu", F.relu), ("gelu", F.gelu), ("swish", lambda y: y * y.sigmoid())])
+def test_feed_forward_against_two_linear_maps(activation, bend):
     torch.manual_seed(0)
-    module, x = FeedForward(6, 12, activation="gelu"), noise(2, 3, 6)
-    assert torch.allclose(module(x), F.linear(F.gelu(F.linear(x, module.inner.weight, module.inner.bias)), module.outer.weight, module.outer.bias))
+    module, x = FeedForward(6, 12, activation=activation), noise(2, 3, 6)
+    assert torch.allclose(module(x), F.linear(bend(F.linear(x, module.inner.weight, module.inner.bias)), module.outer.weight, module.outer.bias), atol=1e-6)
+
+
+def test_feed_forward_drops_inner_numbers_in_training():
+    torch.manual_seed(0)
+    module = FeedForward(50, 50, dropout=0.5)
+    with torch.no_grad():
+        module.inner.weight.zero_()
+        module.inner.bias.fill_(1.0)
+        module.outer.weight.copy_(torch.eye(50))
+    assert set(module(torch.zeros(1, 4, 50)).unique().tolist()) == {0.0, 2.0}
+    assert set(module.eval()(torch.zeros(1, 4, 50)).unique().tolist()) == {1.0}
+
+
+def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="activation is 'tanh'; choose relu, gelu, swish"):
         FeedForward(6, 12, activation="tanh")
 
@@ -238,15 +253,18 @@ class TestBlock:
         assert not torch.equal(block(x), block(x))
         assert torch.equal(block.eval()(x), plain(x))
 
-    def test_dropout_has_three_places(self):
-        """Without the attention and without the inner layer, what is left is the dropout of the sub-layers' output."""
+    @pytest.mark.parametrize("part", ["self_attention", "cross_attention", "feed_forward"])
+    def test_what_a_sublayer_writes_is_dropped_out(self, part):
+        """One sub-layer writes ones, the others nothing: a quarter of the ones is dropped, the others grow to keep the mean."""
         torch.manual_seed(0)
-        block = TransformerBlock(64, 4, 8, dropout=0.25).train()
-        assert block.self_attention.dropout == 0.25 and block.feed_forward.dropout.p == 0.25
-        nn.init.zeros_(block.self_attention.output_weight)
+        block = TransformerBlock(64, 4, 8, cross_attention=True, dropout=0.25).train()
+        assert block.self_attention.dropout == block.cross_attention.dropout == block.feed_forward.dropout.p == 0.25
+        for name in ("self_attention", "cross_attention"):
+            nn.init.zeros_(getattr(block, name).output_weight)
+            nn.init.constant_(getattr(block, name).output_bias, float(name == part))
         nn.init.zeros_(block.feed_forward.outer.weight)
-        nn.init.ones_(block.feed_forward.outer.bias)
-        added = block(torch.zeros(20, 10, 64))
+        nn.init.constant_(block.feed_forward.outer.bias, float("feed_forward" == part))
+        added = block(torch.zeros(20, 10, 64), torch.zeros(20, 3, 64))
         assert (added == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
         assert added.max().item() == pytest.approx(1 / 0.75)
 
@@ -657,13 +675,35 @@ class TestCounts:
         assert count_flops(n_layers, n, d_model, d_feedforward)["total"] == counter.get_total_flops()
 
 
-def test_gradients_of_deep_stacks_grow_with_post_norm_only():
-    def ratio(norm_first):
-        torch.manual_seed(0)
-        stack = TransformerStack(18, 32, 4, 64, norm_first=norm_first)
-        (stack(noise(2, 6, 32)) * noise(2, 6, 32, seed=1)).mean().backward()
-        norms = [float(b.feed_forward.inner.weight.grad.norm()) for b in stack.blocks]
-        assert all(math.isfinite(v) for v in norms)
-        return norms[-1] / norms[0]
+def last_gradient(n_layers, norm_first):
+    """Geometric mean over seeds of the gradient of the last layer's inner map, before any training."""
+    logs = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        stack = TransformerStack(n_layers, 32, 4, 64, norm_first=norm_first)
+        (stack(noise(4, 6, 32, seed=seed)) * noise(4, 6, 32, seed=seed + 100)).mean().backward()
+        logs.append(math.log(stack.blocks[-1].feed_forward.inner.weight.grad.norm()))
+    return math.exp(sum(logs) / len(logs))
 
-    assert ratio(False) > 1 > ratio(True)
+
+def test_last_gradient_falls_with_the_root_of_the_depth_in_pre_norm_only():
+    """Xiong et al., 2020, theorem 1: as large at any depth with post-norm, 1/sqrt(depth) with pre-norm."""
+    post, pre = (last_gradient(20, norm_first) / last_gradient(2, norm_first) for norm_first in (False, True))
+    assert pre == pytest.approx(10**-0.5, rel=0.35)
+    assert 0.6 < post < 1.7
+
+
+@torch.no_grad()
+def test_without_the_stream_all_positions_become_the_same():
+    """Attention alone mixes until every position is the mean of all; the stream keeps them apart."""
+    torch.manual_seed(0)
+    stack, x = TransformerStack(6, 32, 4, 64), noise(1, 10, 32)
+
+    def likeness(step):
+        y = x
+        for block in stack.blocks:
+            y = step(step(y, block.self_norm, block.self_attention), block.feed_forward_norm, block.feed_forward)
+        return float(torch.cosine_similarity(y[:, :, None], y[:, None], dim=-1).mean())
+
+    assert likeness(lambda y, norm, sublayer: norm(sublayer(y))) > 0.99
+    assert likeness(pre_norm) < 0.85
