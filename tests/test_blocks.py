@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from speechlearn.data.batches import assert_batch_independent, is_padding
-from speechlearn.transformer.attention import causal_mask, padding_mask
+from speechlearn.transformer.attention import Attention, causal_mask, padding_mask
 from speechlearn.transformer.blocks import (
     BlockCache, EncoderDecoder, EncoderDecoderConfig, FeedForward, LayerNorm, TokenBatch, TokenDecoder, TransformerBlock, TransformerStack, count_flops,
     count_parameters, embedding, layer_norm, post_norm, pre_norm, sequence_loss, shifted,
 )
+from speechlearn.transformer.positions import RotaryPositions
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -214,6 +215,17 @@ class TestBlock:
             start += n
             assert len(caches[1].self_attention) == start and len(caches[1].cross_attention) == 5
         assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+    def test_rotary_positions_in_self_attention_only(self):
+        torch.manual_seed(0)
+        block = TransformerBlock(16, 2, 24, cross_attention=True, rotary=RotaryPositions(8)).eval()
+        plain = TransformerBlock(16, 2, 24, cross_attention=True).eval()
+        plain.load_state_dict(block.state_dict(), strict=False)
+        x, memory, cache = noise(1, 4, 16), noise(1, 5, 16, seed=1), BlockCache()
+        whole = block(x, memory, mask=causal_mask(4))
+        assert not torch.allclose(whole, plain(x, memory, mask=causal_mask(4)), atol=1e-3)
+        steps = [block(x[:, i : i + 1], memory, cache=cache) for i in range(4)]
+        assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5) and block.cross_attention.rotary is None
 
     def test_memory_is_projected_once_while_decoding(self):
         torch.manual_seed(0)
@@ -450,6 +462,10 @@ class TestEncoderDecoder:
         state = model.start(b.source, b.source_lengths, use_cache=use_cache)
         model.step(torch.tensor([2, 2, 2]), state)
         state.select(torch.tensor([2, 2, 0]))
+        assert state.tokens.shape == (3, 1) and state.memory.shape == (3, 6, 16)
+        state.select(torch.tensor([0, 2]))  # fewer rows than before, and back to three
+        assert len(state.tokens) == len(state.memory) == len(state.memory_mask) == 2
+        state.select(torch.tensor([0, 0, 1]))
         got = model.step(torch.tensor([5, 6, 7]), state)
         rows = [2, 2, 0]
         expected = model(b.source[rows], b.source_lengths[rows], torch.tensor([[2, 5], [2, 6], [2, 7]]))[:, -1]
@@ -526,6 +542,13 @@ class TestEncoderDecoder:
         assert torch.equal(model.loss(b), plain.loss(b))
         model.train()
         assert model.loss(b) != model.loss(b)
+
+    def test_dropout_reaches_every_part(self):
+        model = make(dropout=0.3)
+        layers = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+        attentions = [m for m in model.modules() if isinstance(m, Attention)]
+        assert len(layers) == 2 * 2 + 2 * 2 + 2 and {m.p for m in layers} == {0.3}  # two in each block, one in each table of positions
+        assert len(attentions) == 2 + 2 * 2 and {m.dropout for m in attentions} == {0.3}
 
     def test_special_symbols_of_the_config_are_used(self):
         model, b = make(pad=0, sos=9, eos=10), batch()
