@@ -592,7 +592,7 @@ class TestEncoderDecoder:
         assert EncoderDecoderConfig(**dataclasses.asdict(config)) == config
 
     def test_wrong_sizes_are_named(self):
-        for options, message in (({"n_encoder_layers": 0}, "n_layers is 0"), ({"n_decoder_layers": 0}, "n_layers is 0"), ({"d_model": 15, "n_heads": 3}, "d_model is 15"), ({"n_heads": 3}, "no multiple of n_heads")):
+        for options, message in (({"n_encoder_layers": 0}, "layers is 0"), ({"n_decoder_layers": 0}, "layers is 0"), ({"d_model": 15, "n_heads": 3}, "d_model is 15"), ({"n_heads": 3}, "no multiple of n_heads")):
             with pytest.raises(ValueError, match=message):
                 make(**options)
 
