@@ -233,7 +233,7 @@ def n_repeats(targets: Int[Tensor, "batch tokens"], target_lengths: Int[Tensor, 
     Chapter: data/04d_batches.
     """
     equal = targets[:, 1:] == targets[:, :-1]
-    inside = torch.arange(1, targets.shape[1], device=targets.device) < target_lengths[:, None]
+    inside = torch.arange(equal.shape[1], device=targets.device) + 1 < target_lengths[:, None]
     return (equal & inside).sum(dim=1)
 
 
