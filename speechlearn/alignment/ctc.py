@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['collapse', 'ctc_brute_force', 'with_blanks', 'lattice_scores', 'reversed_within', 'ctc_posteriors', 'plot_lattice',
-           'ctc_loss', 'CTCHypothesis', 'ctc_greedy', 'penalise_blank']
+           'ctc_loss', 'CTCHypothesis', 'valid_steps', 'ctc_greedy', 'penalise_blank']
 
 # %% ../../nbs/alignment/13_ctc.ipynb #f835231d
 import itertools
@@ -252,7 +252,7 @@ def ctc_loss(
         losses = (1 - label_smoothing) * losses + label_smoothing * (flat.masked_fill(too_short, 0.0) if impossible == "zero" else flat)
     return losses
 
-# %% ../../nbs/alignment/13_ctc.ipynb #4f2ca31b
+# %% ../../nbs/alignment/13_ctc.ipynb #37d3877f
 @dataclass(frozen=True)
 class CTCHypothesis:
     """A text found by a CTC decoder.
@@ -272,7 +272,7 @@ class CTCHypothesis:
     score: float
 
 
-def _valid_steps(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
+def valid_steps(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
     """The valid steps of each utterance, on the CPU. Raises: ValueError: lengths. ArithmeticError: NaN."""
     if len(lengths) != len(log_probs) or (len(lengths) and (int(lengths.max()) > log_probs.shape[1] or int(lengths.min()) < 0)):
         raise ValueError(f"lengths {lengths.tolist()} do not fit log_probs of shape {tuple(log_probs.shape)}; each utterance has one, between 0 and {log_probs.shape[1]}")
@@ -291,7 +291,7 @@ def ctc_greedy(log_probs: Float[Tensor, "batch steps vocab"], lengths: Int[Tenso
     Source: Graves et al., 2006, section 3.2 (best path decoding). Chapter: alignment/13_ctc.
     """
     found = []
-    for x in _valid_steps(log_probs, lengths):
+    for x in valid_steps(log_probs, lengths):
         best = x.max(dim=1)
         runs, step = [], 0
         for symbol, group in itertools.groupby(best.indices.tolist()):
