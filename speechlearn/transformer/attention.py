@@ -155,7 +155,7 @@ class KeyValueCache:
         if self.keys is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
-# %% ../../nbs/transformer/05_attention.ipynb #71029e62
+# %% ../../nbs/transformer/05_attention.ipynb #9ee97c7e
 class Attention(nn.Module):
     """Multi-head attention; self-attention without, cross-attention with `key_input`.
 
@@ -202,7 +202,7 @@ class Attention(nn.Module):
     def _project(self, x: Float[Tensor, "batch n d_model"], weight, bias) -> Float[Tensor, "batch heads n d_head"]:
         if x.shape[-1] != self.d_model:
             raise ValueError(f"the input has {x.shape[-1]} numbers per position; this attention was made for d_model={self.d_model}")
-        # All heads in one matrix product: einsum("b s e, n e h -> b n s h"), three times as fast on a CPU.
+        # All heads in one matrix product, the same as einsum("b s e, n e h -> b n s h").
         y = F.linear(x, rearrange(weight, "n e h -> (n h) e"), None if bias is None else bias.flatten())
         return rearrange(y, "b s (n h) -> b n s h", n=self.n_heads)
 
