@@ -168,11 +168,12 @@ def read_json(path: str | os.PathLike, *, format: str, version: int, needs: tupl
         raise CheckpointError(f"{path} is incomplete: it has no {', '.join(map(repr, missing))}.")
     return value
 
-# %% ../nbs/workshop/checkpoint.ipynb #182a4051
+# %% ../nbs/workshop/checkpoint.ipynb #44f139da
 # name in checkpoints -> "module:Class" (imported only when needed) or the class itself
 RECOGNISERS: dict[str, str | type] = {
     "first-recogniser": "speechlearn.whole_game:FirstRecogniser",
     "speech-transformer": "speechlearn.speech_transformer.decoder:SpeechTransformer",
+    "alignment-recogniser": "speechlearn.alignment.recogniser:AlignmentRecogniser",
 }
 
 
