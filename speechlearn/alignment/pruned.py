@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['simple_arcs', 'pruning_band', 'rows_of', 'pruned_loss', 'loss_scales', 'pruned_transducer_losses']
 
-# %% ../../nbs/alignment/14b_pruned.ipynb #5b6f8d38
+# %% ../../nbs/alignment/14b_pruned.ipynb #dda78f43
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -96,8 +96,8 @@ def pruning_band(
     start = (n_rows - 1) * steps - _never_falling((n_rows - 1) * steps - start).clamp(min=0)
     return start[:, :, None] + torch.arange(n_rows, device=device)
 
-# %% ../../nbs/alignment/14b_pruned.ipynb #c7fc23e4
-def rows_of(x: Float[Tensor, "batch rows dim"], band: Int[Tensor, "batch steps kept"]) -> Float[Tensor, "batch steps kept dim"]:
+# %% ../../nbs/alignment/14b_pruned.ipynb #e0c0e817
+def rows_of(x: Shaped[Tensor, "batch rows dim"], band: Int[Tensor, "batch steps kept"]) -> Shaped[Tensor, "batch steps kept dim"]:
     """The predictor's vectors at the kept rows of each step.
 
     Chapter: alignment/14b_pruned.

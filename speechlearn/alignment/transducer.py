@@ -289,7 +289,7 @@ def plot_transducer_lattice(used_symbol: Float[Tensor, "steps tokens"], used_bla
     ax.grid(False)
     return ax
 
-# %% ../../nbs/alignment/14_transducer.ipynb #45e2bd56
+# %% ../../nbs/alignment/14_transducer.ipynb #9fb6f39a
 class Decoder(nn.Module):
     """The stateless predictor: a vector from the last `context_size` symbols.
 
@@ -353,7 +353,7 @@ class Joiner(nn.Module):
                 part.weight.mul_(0.25)
                 part.bias.mul_(0.25)
 
-    def forward(self, encoder_out: Float[Tensor, "*batch encoder_dim"], decoder_out: Float[Tensor, "*batch decoder_dim"], project_input: bool = True) -> Float[Tensor, "*batch vocab"]:
+    def forward(self, encoder_out: Float[Tensor, "*#batch encoder_dim"], decoder_out: Float[Tensor, "*#batch decoder_dim"], project_input: bool = True) -> Float[Tensor, "*outer vocab"]:
         """Logits; both inputs must have the same leading axes (an axis of size 1 is spread).
 
         Args:
