@@ -15,7 +15,7 @@ from torch import Tensor
 from .ctc import valid_steps, with_blanks
 from ..data.batches import unalignable
 
-# %% ../../nbs/alignment/13d_forced_alignment.ipynb #5c6eb3b9
+# %% ../../nbs/alignment/13d_forced_alignment.ipynb #f2af361a
 @dataclass(frozen=True)
 class Alignment:
     """Where each symbol of a text lies.
@@ -64,8 +64,7 @@ def forced_alignment(
         if (tokens == blank).any():
             raise ValueError(f"text {i} contains the blank ({blank}) at place {int((tokens == blank).nonzero()[0])}; a text consists of letters only")
         states = with_blanks(tokens, blank=blank)
-        path = _best_states(x.double()[:, states], states, blank)
-        score = float(x[range(len(x)), states[path]].double().sum()) if path else 0.0
+        path, score = _best_states(x.double()[:, states], states, blank)
         if score == -math.inf:
             raise ValueError(f"text {i} has probability zero for this model: one of its symbols is impossible wherever it could lie")
         spans: list[tuple[int, int]] = []
@@ -80,8 +79,8 @@ def forced_alignment(
     return found
 
 
-def _best_states(emissions: Float[Tensor, "steps states"], states: Int[Tensor, "states"], blank: int) -> list[int]:
-    """The best sequence of states from the beginning to the end of the lattice."""
+def _best_states(emissions: Float[Tensor, "steps states"], states: Int[Tensor, "states"], blank: int) -> tuple[list[int], float]:
+    """The best sequence of states from the beginning to the end of the lattice, and its score (minus infinity if none is possible)."""
     n_steps, n_states = emissions.shape
     skip = torch.full((n_states,), -math.inf, dtype=emissions.dtype)
     skip[1:2] = 0.0  # before the first step we stand one place before state 0, as in `lattice_scores`
@@ -93,15 +92,15 @@ def _best_states(emissions: Float[Tensor, "steps states"], states: Int[Tensor, "
         best, moves[t] = torch.stack([scores[2:], scores[1:-1], scores[:-2] + skip]).max(dim=0)
         scores = torch.cat([scores.new_full((2,), -math.inf), best + emissions[t]])
     if n_steps == 0:
-        return []
+        return [], 0.0
     state = n_states - 1
     if n_states > 1 and scores[-2] > scores[-1]:
         state -= 1
-    path = []
+    score, path = float(scores[2 + state]), []
     for t in range(n_steps - 1, -1, -1):
         path.append(state)
         state -= int(moves[t, state])
-    return path[::-1]
+    return path[::-1], score
 
 # %% ../../nbs/alignment/13d_forced_alignment.ipynb #6aba85fb
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def word_times(alignment: Alignment, vocabulary, *, frame_seconds: float, start_
     finish()
     return words
 
-# %% ../../nbs/alignment/13d_forced_alignment.ipynb #4e0d51fe
+# %% ../../nbs/alignment/13d_forced_alignment.ipynb #85254c0b
 def plot_words(waveform: Float[Tensor, "samples"], words: Sequence, sample_rate: int, *, truth: Sequence = (), ax=None):
     """Draw words over the waveform; below it, if given, the true words.
 
@@ -175,7 +174,7 @@ def plot_words(waveform: Float[Tensor, "samples"], words: Sequence, sample_rate:
     rows = [(words, COLOURS["vermillion"], 1.25)] + ([(truth, COLOURS["blue"], -1.25)] if truth else [])
     for row, colour, height in rows:
         for word in row:
-            ax.axvspan(word.start, word.end, ymin=0.5 if height > 0 else 0.12, ymax=0.88 if height > 0 else 0.5, color=colour, alpha=0.12 + 0.25 * getattr(word, "confidence", 0.5), edgecolor="white", linewidth=1)
+            ax.axvspan(word.start, word.end, ymin=0.5 if height > 0 else 0.12, ymax=0.88 if height > 0 else 0.5, facecolor=colour, alpha=0.12 + 0.25 * getattr(word, "confidence", 0.5), edgecolor="white", linewidth=1)
             gap = min(0.006, (word.end - word.start) / 4)  # so that words which touch can be told apart
             ax.plot([word.start + gap, word.end - gap], [0.87 * height, 0.87 * height], color=colour, linewidth=3, solid_capstyle="butt")
             ax.text((word.start + word.end) / 2, height, word.text, ha="center", va="center", fontsize=8, color="black", rotation=0 if len(word.text) < 7 else 15)
