@@ -12,6 +12,23 @@ FLAGS = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--golden-dir", action="append", default=[], help="folder of golden files for tests/test_golden.py; may be given several times")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Worst errors against the reference, when its files were compared."""
+    import sys
+
+    runner = sys.modules.get("test_golden") or sys.modules.get("tests.test_golden")
+    if runner is None or not runner.Worst.rows:
+        return
+    terminalreporter.section("worst relative difference from the reference")
+    terminalreporter.write_line(f"{'component':60} {'output':>9} {'grad input':>11} {'grad params':>12}")
+    for name, row in sorted(runner.Worst.rows.items()):
+        terminalreporter.write_line(f"{name[:60]:60} {row['output']:9.1e} {row['grad input']:11.1e} {row['grad params']:12.1e}")
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium; the test is skipped where none is installed."""

@@ -209,7 +209,7 @@ class ConvNeXt(nn.Module):
         y = self.pointwise_conv2(self.activation(self.pointwise_conv1(y)))
         return x[:, :, :n_out] + y, joined[:, :, n_out : n_out + ahead]
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #b5f582d5
+# %% ../../nbs/zipformer/21_convolution.ipynb #8239708f
 class Conv2dSubsampling(nn.Module):
     """Features to embeddings at half the frame rate: three convolutions, ConvNeXt, a linear layer and a norm.
 
@@ -265,7 +265,7 @@ class Conv2dSubsampling(nn.Module):
 
     def streaming_forward(
         self, x: Float[Tensor, "batch frames bins"], x_lens: Int[Tensor, "batch"], cached_left_pad: Float[Tensor, "batch channels left bands"]
-    ) -> tuple[Float[Tensor, "batch steps channels"], Int[Tensor, "batch"], Float[Tensor, "batch channels left bands"]]:
+    ) -> tuple[Float[Tensor, "batch steps out_channels"], Int[Tensor, "batch"], Float[Tensor, "batch channels left bands"]]:
         """One chunk of features, 13 frames longer than twice the steps that come out, and the state before it."""
         x, cached_left_pad = self.convnext.streaming_forward(self.conv(x[:, None]), cached_left_pad=cached_left_pad)
         x = self.out_norm(self.out(x.transpose(1, 2).flatten(2)))

@@ -38,7 +38,7 @@ def ScaledConv2d(*args, initial_scale: float = 1.0, **kwargs) -> nn.Conv2d:
     """An `nn.Conv2d` that starts as `ScaledLinear` does. Chapter: zipformer/17_scaling."""
     return _scaled(nn.Conv2d(*args, **kwargs), initial_scale)
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #6d9ab421
+# %% ../../nbs/zipformer/17_scaling.ipynb #47f24c95
 class PiecewiseLinear:
     """A function of one number: straight lines between given points, constant outside.
 
@@ -67,7 +67,7 @@ class PiecewiseLinear:
     def __str__(self) -> str:
         return f"PiecewiseLinear({', '.join(map(str, self.pairs))})"
 
-    def __call__(self, x: float) -> float:
+    def __call__(self, x: float | int) -> float:
         if x <= self.pairs[0][0]:
             return self.pairs[0][1]
         for (x0, y0), (x1, y1) in zip(self.pairs, self.pairs[1:]):
@@ -80,7 +80,7 @@ class PiecewiseLinear:
 
     __hash__ = None
 
-    def __mul__(self, factor: float) -> "PiecewiseLinear":
+    def __mul__(self, factor: float | int) -> "PiecewiseLinear":
         return PiecewiseLinear(*[(x, y * factor) for x, y in self.pairs])
 
     def __add__(self, other) -> "PiecewiseLinear":
@@ -113,7 +113,7 @@ class PiecewiseLinear:
             xs = sorted({*xs, *found})
         return [(x, self(x)) for x in xs], [(x, other(x)) for x in xs]
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #4f803cc6
+# %% ../../nbs/zipformer/17_scaling.ipynb #8b75ca39
 class ScheduledFloat(nn.Module):
     """A number that follows a `PiecewiseLinear` of the training step; read it with `float(...)`.
 
@@ -130,7 +130,7 @@ class ScheduledFloat(nn.Module):
 
     def __init__(self, *args, default: float = 0.0):
         super().__init__()
-        self.batch_count: float | None = None
+        self.batch_count: float | int | None = None
         self.name: str | None = None
         self.default = default
         self.schedule = PiecewiseLinear(*args)
@@ -155,10 +155,10 @@ class ScheduledFloat(nn.Module):
         return ScheduledFloat(self.schedule.max(other), default=self.default)
 
 
-FloatLike = float | ScheduledFloat
+FloatLike = float | int | ScheduledFloat
 
 
-def set_batch_count(model: nn.Module, batch_count: float) -> int:
+def set_batch_count(model: nn.Module, batch_count: float | int) -> int:
     """Tell every module of a model that has an attribute `batch_count` at which training step it is.
 
     Returns: how many were told.
@@ -175,7 +175,7 @@ def set_batch_count(model: nn.Module, batch_count: float) -> int:
     return told
 
 
-def effective_batch_count(batches: int, *, seconds_per_batch: float, reference_seconds: float = 600.0) -> float:
+def effective_batch_count(batches: int, *, seconds_per_batch: float | int, reference_seconds: float | int = 600.0) -> float:
     """How many batches of the reference size were seen: the clock of all schedules.
 
     Args:
@@ -187,7 +187,7 @@ def effective_batch_count(batches: int, *, seconds_per_batch: float, reference_s
     """
     return batches * seconds_per_batch / reference_seconds
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #6bc79dd7
+# %% ../../nbs/zipformer/17_scaling.ipynb #de20ff91
 class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
@@ -209,7 +209,7 @@ def with_loss(x: Tensor, y: Tensor) -> Tensor:
     return _WithLoss.apply(x, y)
 
 
-def penalize_abs_values_gt(x: Float[Tensor, "*shape"], limit: float, penalty: float) -> Float[Tensor, "*shape"]:
+def penalize_abs_values_gt(x: Float[Tensor, "*shape"], limit: float | int, penalty: float) -> Float[Tensor, "*shape"]:
     """x; its gradient gets `penalty · sign(x)` where |x| > limit, as if `penalty · Σ relu(|x| − limit)` were part of the loss.
 
     Args:
