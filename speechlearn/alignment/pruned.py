@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .transducer import NodeLoss, arc_posteriors, check_transducer, lattice_log_prob
 from ..data.batches import is_padding
 
-# %% ../../nbs/alignment/14b_pruned.ipynb #628065f1
+# %% ../../nbs/alignment/14b_pruned.ipynb #8e037e4e
 def simple_arcs(
     am: Float[Tensor, "batch steps vocab"], lm: Float[Tensor, "batch rows vocab"], targets: Int[Tensor, "batch tokens"], *, blank: int, lm_scale: float = 0.25, am_scale: float = 0.0
 ) -> tuple[Float[Tensor, "batch steps tokens"], Float[Tensor, "batch steps rows"]]:
@@ -33,6 +33,7 @@ def simple_arcs(
     """
     if lm_scale < 0 or am_scale < 0 or lm_scale + am_scale > 1:
         raise ValueError(f"lm_scale ({lm_scale}) and am_scale ({am_scale}) must not be negative, and be at most 1 together")
+    am, lm = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (am, lm))  # 16 bits are too few for sums of exponentials
     n_tokens, tiny = targets.shape[1], torch.finfo(am.dtype).tiny
     am_max, lm_max = am.amax(dim=2, keepdim=True).detach(), lm.amax(dim=2, keepdim=True).detach()
     am_exp, lm_exp = (am - am_max).exp(), (lm - lm_max).exp()
@@ -140,7 +141,7 @@ def pruned_loss(
         raise ArithmeticError(f"the pruned loss of utterance {i} is {float(losses[i].detach())}: NaN in its logits, or a band that no path gets through (was it made for these lengths?)")
     return losses
 
-# %% ../../nbs/alignment/14b_pruned.ipynb #4280af2a
+# %% ../../nbs/alignment/14b_pruned.ipynb #0a680ad3
 def loss_scales(step: int, *, warm_steps: int = 2000, simple_scale: float = 0.5) -> tuple[float, float]:
     """Weights of the simple and of the pruned loss at a training step.
 
@@ -191,7 +192,9 @@ def pruned_transducer_losses(
     check_transducer((*encoder_out.shape[:2], targets.shape[1] + 1), targets, lengths, target_lengths, blank, joiner.output_linear.out_features)
     targets = targets.masked_fill(is_padding(target_lengths, targets.shape[1]), blank)
     decoder_out = decoder(F.pad(targets, (1, 0), value=blank))
-    symbol, blank_arc = simple_arcs(simple_am_proj(encoder_out), simple_lm_proj(decoder_out), targets, blank=blank, lm_scale=lm_scale, am_scale=am_scale)
+    am, lm = simple_am_proj(encoder_out), simple_lm_proj(decoder_out)
+    with torch.autocast(am.device.type, enabled=False):  # which would take the normaliser's matrix product in 16 bits
+        symbol, blank_arc = simple_arcs(am, lm, targets, blank=blank, lm_scale=lm_scale, am_scale=am_scale)
     simple = -lattice_log_prob(symbol, blank_arc, lengths, target_lengths, fast_emit=fast_emit)
     _, used_symbol, used_blank = arc_posteriors(symbol, blank_arc, lengths, target_lengths)
     band = pruning_band(used_symbol, used_blank, lengths, target_lengths, n_rows=n_rows)

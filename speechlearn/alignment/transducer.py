@@ -152,7 +152,7 @@ def lattice_log_prob(
     """
     return _LatticeLogProb.apply(symbol, blank, lengths, target_lengths, fast_emit)
 
-# %% ../../nbs/alignment/14_transducer.ipynb #aa354ae8
+# %% ../../nbs/alignment/14_transducer.ipynb #9bca5896
 SLICE = 16  # steps whose logits are worked on at once: what the loss needs beside the logits stays small
 
 
@@ -168,20 +168,21 @@ class NodeLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, next_symbol, band, n_rows, lengths, target_lengths, blank, fast_emit, overwrite):
-        normaliser = torch.cat([part.logsumexp(dim=3) for part in logits.split(SLICE, dim=1)], dim=1)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # 16 bits are enough for logits, not for sums over them
+        normaliser = torch.cat([part.to(wide).logsumexp(dim=3) for part in logits.split(SLICE, dim=1)], dim=1)
         symbol = logits.gather(3, next_symbol[..., None])[..., 0] - normaliser
         blank_arc = logits[..., blank] - normaliser
         if band is not None:
-            nowhere = logits.new_full((*logits.shape[:2], n_rows), -math.inf)
+            nowhere = normaliser.new_full((*logits.shape[:2], n_rows), -math.inf)
             symbol, blank_arc = nowhere.scatter(2, band, symbol), nowhere.scatter(2, band, blank_arc)
         log_p, used_symbol, used_blank = arc_posteriors(symbol[:, :, :-1], blank_arc, lengths, target_lengths)
         used_symbol = F.pad(used_symbol, (0, 1))  # the last row writes nothing
         if band is not None:
             used_symbol, used_blank = used_symbol.gather(2, band), used_blank.gather(2, band)
-        used_symbol, used_blank = used_symbol.to(logits.dtype) * (1 + fast_emit), used_blank.to(logits.dtype)
+        used_symbol, used_blank = used_symbol.to(wide) * (1 + fast_emit), used_blank.to(wide)
         ctx.save_for_backward(logits, normaliser, used_symbol, used_blank, next_symbol)
         ctx.blank, ctx.overwrite = blank, overwrite
-        return -log_p.to(logits.dtype)
+        return -log_p.to(wide)
 
     @staticmethod
     @once_differentiable
@@ -192,10 +193,13 @@ class NodeLoss(torch.autograd.Function):
         grad = logits.detach() if ctx.overwrite else torch.empty_like(logits)
         for first in range(0, logits.shape[1], SLICE):
             now = slice(first, first + SLICE)
-            part = torch.sub(logits[:, now], normaliser[:, now, :, None], out=grad[:, now]).exp_()
+            in_place = grad[:, now] if grad.dtype == normaliser.dtype else None
+            part = torch.sub(logits[:, now], normaliser[:, now, :, None], out=in_place).exp_()
             part.mul_((used_symbol[:, now] + used_blank[:, now])[..., None])
             part.scatter_add_(3, next_symbol[:, now, :, None], -used_symbol[:, now, :, None])
             part[..., ctx.blank] -= used_blank[:, now]
+            if in_place is None:
+                grad[:, now] = part
         return grad, None, None, None, None, None, None, None, None
 
 
@@ -241,7 +245,7 @@ def transducer_loss(
         fast_emit: λ of FastEmit; see `lattice_log_prob`.
         overwrite_logits: let the backward write the gradient over the logits, so that nothing of their size is allocated. Nobody else may need them then.
 
-    Returns: one loss for each utterance. Beside logits and gradient it needs memory for `steps × rows` and for a slice of the logits.
+    Returns: one loss for each utterance, in 32 bits for logits of 16. Beside logits and gradient it needs memory for `steps × rows` and for a slice of the logits.
 
     Raises: ValueError: lengths, rows or symbols that do not fit. ArithmeticError: NaN or infinite logits.
 
