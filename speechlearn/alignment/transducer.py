@@ -152,7 +152,7 @@ def lattice_log_prob(
     """
     return _LatticeLogProb.apply(symbol, blank, lengths, target_lengths, fast_emit)
 
-# %% ../../nbs/alignment/14_transducer.ipynb #9bca5896
+# %% ../../nbs/alignment/14_transducer.ipynb #e8dfa026
 SLICE = 16  # steps whose logits are worked on at once: what the loss needs beside the logits stays small
 
 
@@ -170,6 +170,7 @@ class NodeLoss(torch.autograd.Function):
     def forward(ctx, logits, next_symbol, band, n_rows, lengths, target_lengths, blank, fast_emit, overwrite):
         wide = torch.promote_types(logits.dtype, torch.float32)  # 16 bits are enough for logits, not for sums over them
         normaliser = torch.cat([part.to(wide).logsumexp(dim=3) for part in logits.split(SLICE, dim=1)], dim=1)
+        normaliser = normaliser.masked_fill(normaliser.isinf(), math.nan)  # so that an infinite logit shows in the loss, not only in the gradient
         symbol = logits.gather(3, next_symbol[..., None])[..., 0] - normaliser
         blank_arc = logits[..., blank] - normaliser
         if band is not None:
