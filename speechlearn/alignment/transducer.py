@@ -152,7 +152,7 @@ def lattice_log_prob(
     """
     return _LatticeLogProb.apply(symbol, blank, lengths, target_lengths, fast_emit)
 
-# %% ../../nbs/alignment/14_transducer.ipynb #e8dfa026
+# %% ../../nbs/alignment/14_transducer.ipynb #78d9352d
 SLICE = 16  # steps whose logits are worked on at once: what the loss needs beside the logits stays small
 
 
@@ -168,6 +168,7 @@ class NodeLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, next_symbol, band, n_rows, lengths, target_lengths, blank, fast_emit, overwrite):
+        """Losses; see the class."""
         wide = torch.promote_types(logits.dtype, torch.float32)  # 16 bits are enough for logits, not for sums over them
         normaliser = torch.cat([part.to(wide).logsumexp(dim=3) for part in logits.split(SLICE, dim=1)], dim=1)
         normaliser = normaliser.masked_fill(normaliser.isinf(), math.nan)  # so that an infinite logit shows in the loss, not only in the gradient
@@ -188,6 +189,7 @@ class NodeLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
+        """The gradient of the logits, slice by slice."""
         logits, normaliser, used_symbol, used_blank, next_symbol = ctx.saved_tensors
         here = grad_losses[:, None, None]
         used_symbol, used_blank = used_symbol * here, used_blank * here

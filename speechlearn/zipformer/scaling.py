@@ -220,7 +220,7 @@ def penalize_abs_values_gt(x: Float[Tensor, "*shape"], limit: float | int, penal
     """
     return with_loss(x, penalty * (x.abs() - limit).relu())
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #af689862
+# %% ../../nbs/zipformer/17_scaling.ipynb #11402af9
 class _ScaleGradFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha):
@@ -255,6 +255,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dim):
+        """Softmax of x over `dim`."""
         result = x.softmax(dim=dim)
         ctx.save_for_backward(result)
         ctx.dim = dim
@@ -263,6 +264,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """grad · p − p · Σ(grad · p), in at least 32 bits."""
         (result,) = ctx.saved_tensors
         wide, p = grad.to(torch.promote_types(grad.dtype, torch.float32)), result.to(torch.promote_types(result.dtype, torch.float32))
         product = wide * p
