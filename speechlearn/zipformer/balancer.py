@@ -120,7 +120,7 @@ def mean_over_stddev_of_share(positive: float) -> float:
     z = 2 * positive - 1
     return 0.8139535143 * 0.5 * (math.log(1 + z + 1e-10) - math.log(1 - z + 1e-10))
 
-# %% ../../nbs/zipformer/18_balancer.ipynb #1f004427
+# %% ../../nbs/zipformer/18_balancer.ipynb #7404c14f
 class _BalancerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim):
@@ -141,7 +141,7 @@ class _BalancerFunction(torch.autograd.Function):
 def correction_line(
     x: Float[Tensor, "*shape"], min_mean: float, max_mean: float, min_rms: float, max_rms: float, grad_scale: float, channel_dim: int
 ) -> tuple[Float[Tensor, "*ones"], Float[Tensor, "*ones"]]:
-    """Slope and offset, for each channel, of the line `slope · x + offset` that a balancer multiplies with |gradient| and adds.
+    """Slope and offset, for each channel, of the line `slope · x + offset` that a balancer multiplies with the size of the gradient and adds.
 
     Args:
         x: activations.

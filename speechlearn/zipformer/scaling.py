@@ -187,7 +187,7 @@ def effective_batch_count(batches: int, *, seconds_per_batch: float | int, refer
     """
     return batches * seconds_per_batch / reference_seconds
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #de20ff91
+# %% ../../nbs/zipformer/17_scaling.ipynb #76fd376f
 class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
@@ -210,7 +210,7 @@ def with_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def penalize_abs_values_gt(x: Float[Tensor, "*shape"], limit: float | int, penalty: float) -> Float[Tensor, "*shape"]:
-    """x; its gradient gets `penalty · sign(x)` where |x| > limit, as if `penalty · Σ relu(|x| − limit)` were part of the loss.
+    """x; its gradient gets `penalty · sign(x)` where `|x| > limit`, as if `penalty · Σ relu(|x| − limit)` were part of the loss.
 
     Args:
         x: for instance attention scores.
