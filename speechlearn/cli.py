@@ -111,7 +111,7 @@ def read_settings(path: str | Path) -> dict:
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 
-# %% ../nbs/workshop/cli.ipynb #24cd37d4
+# %% ../nbs/workshop/cli.ipynb #104e89f2
 def make_vocabulary(recipe: Recipe):
     """The vocabulary of a recipe; subwords are learned from its training texts.
 
@@ -163,7 +163,7 @@ def begin_with(model, checkpoint: str) -> int:
 
     Returns: how many numbers were copied.
 
-    Raises: ValueError: there are none. CheckpointError: it cannot be read.
+    Raises: ValueError: there are none, or most have another shape. CheckpointError: it cannot be read.
 
     Chapter: workshop/cli.
     """
@@ -171,14 +171,17 @@ def begin_with(model, checkpoint: str) -> int:
 
     from speechlearn.checkpoint import load_checkpoint
 
-    weights, copied = load_checkpoint(checkpoint).model.state_dict(), 0
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in weights and weights[name].shape == parameter.shape:
-                parameter.copy_(weights[name])
-                copied += parameter.numel()
+    weights = load_checkpoint(checkpoint).model.state_dict()
+    known = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    fitting = {name: parameter for name, parameter in known.items() if weights[name].shape == parameter.shape}
+    copied, in_both = (sum(parameter.numel() for parameter in group.values()) for group in (fitting, known))
     if not copied:
         raise ValueError(f"no weight of the checkpoint {checkpoint!r} fits this model by name and shape; are d_model, n_layers and n_bins the same?")
+    if copied < in_both / 2:  # a few small ones always fit, but a start from them is no start
+        raise ValueError(f"of the {in_both:,} numbers that this model shares with the checkpoint {checkpoint!r} by name, only {copied:,} fit by shape; are d_model and n_bins the same?")
+    with torch.no_grad():
+        for name, parameter in fitting.items():
+            parameter.copy_(weights[name])
     return copied
 
 

@@ -19,7 +19,7 @@ from ..data.batches import unalignable
 from ..speech_transformer.encoder import SpeechEncoder, SpeechTransformerConfig
 from ..whole_game import words_of
 
-# %% ../../nbs/alignment/14d_train.ipynb #d9e646aa
+# %% ../../nbs/alignment/14d_train.ipynb #ee062535
 @dataclass(frozen=True)
 class AlignmentRecogniserConfig:
     """Sizes of an encoder with a CTC head, a transducer, or both."""
@@ -49,6 +49,8 @@ class AlignmentRecogniserConfig:
         for name in ("decoder_dim", "joiner_dim", "context_size", "warm_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_rows < 2 or not 0 <= self.blank < self.vocab:
+            raise ValueError(f"n_rows is {self.n_rows} (expected at least 2) and blank {self.blank} (expected one of the {self.vocab} symbols)")
         if self.fast_emit < 0 or self.ctc_weight < 0:
             raise ValueError(f"fast_emit ({self.fast_emit}) and ctc_weight ({self.ctc_weight}) must not be negative")
         self.encoder()  # which checks the rest
