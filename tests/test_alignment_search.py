@@ -228,7 +228,7 @@ def test_alignment_in_a_batch_and_its_errors():
     x, targets = log_probs_of(2, 2, 7, 4), tensor([[1, 1, 2], [3, -1, -1]])
     both = forced_alignment(x, targets, tensor([7, 4]), tensor([3, 1]), blank=0)
     assert both[1] == forced_alignment(x[1:, :4], targets[1:, :1], tensor([4]), tensor([1]), blank=0)[0]
-    with pytest.raises(ValueError, match="text 0 contains the blank"):
+    with pytest.raises(ValueError, match="target 0 has symbol 0 at place 1: this is the blank"):
         forced_alignment(x, tensor([[1, 0, 2], [3, 1, 1]]), tensor([7, 4]), tensor([3, 1]), blank=0)
     x[0, :, 2] = -math.inf
     with pytest.raises(ValueError, match="text 0 has probability zero"):

@@ -176,7 +176,7 @@ class _CTC(torch.autograd.Function):
         grad = posteriors.new_zeros(n_utterances, n_steps, ctx.vocab)
         return grad.scatter_add_(2, states[:, None].expand(-1, n_steps, -1), shares), None, None, None, None
 
-# %% ../../nbs/alignment/13_ctc.ipynb #5ab8356c
+# %% ../../nbs/alignment/13_ctc.ipynb #18350b56
 def _check_ctc(log_probs, targets, lengths, target_lengths, blank):
     n_utterances, n_steps, vocab = log_probs.shape
     for name, values, most in (("lengths", lengths, n_steps), ("target_lengths", target_lengths, targets.shape[1])):
@@ -192,8 +192,9 @@ def _check_ctc(log_probs, targets, lengths, target_lengths, blank):
         i, place = bad.nonzero()[0].tolist()
         why = "this is the blank, which must not be a letter of the text" if targets[i, place] == blank else f"symbols go from 0 to {vocab - 1}"
         raise ValueError(f"target {i} has symbol {int(targets[i, place])} at place {place}: {why}")
-    if log_probs.numel() and float(log_probs.detach().amax()) > 1e-3:
-        raise ValueError(f"log_probs has the value {float(log_probs.detach().amax()):.3g}; log-probabilities are never above 0. Apply log_softmax to the model's output first")
+    largest = log_probs.detach().amax(dim=2).masked_fill(is_padding(lengths, n_steps), -math.inf)
+    if largest.numel() and float(largest.amax()) > 1e-3:
+        raise ValueError(f"log_probs has the value {float(largest.amax()):.3g}; log-probabilities are never above 0. Apply log_softmax to the model's output first")
 
 
 def ctc_loss(
@@ -233,6 +234,9 @@ def ctc_loss(
     # Padding of the targets may hold anything; the lattice looks symbols up, so they must exist.
     targets = targets.masked_fill(is_padding(target_lengths, targets.shape[1]), blank)
     losses = _CTC.apply(log_probs, targets, lengths, target_lengths, blank)
+    if label_smoothing:
+        flat = -log_probs.mean(dim=2).masked_fill(is_padding(lengths, log_probs.shape[1]), 0.0).sum(dim=1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * flat.masked_fill(too_short, 0.0)
     if losses.isnan().any():
         i = int(losses.detach().isnan().nonzero()[0])
         raise ArithmeticError(f"the loss of utterance {i} is NaN; its log_probs hold NaN. The model's weights or its input are damaged")
@@ -245,14 +249,9 @@ def ctc_loss(
         if impossible == "raise":
             raise ValueError(message)
         warnings.warn(message + ". Their loss is infinite", stacklevel=2)
-    if impossible == "zero":
-        losses = losses.masked_fill(too_short, 0.0)
-    if label_smoothing:
-        flat = -log_probs.mean(dim=2).masked_fill(is_padding(lengths, log_probs.shape[1]), 0.0).sum(dim=1)
-        losses = (1 - label_smoothing) * losses + label_smoothing * (flat.masked_fill(too_short, 0.0) if impossible == "zero" else flat)
-    return losses
+    return losses.masked_fill(too_short, 0.0) if impossible == "zero" else losses
 
-# %% ../../nbs/alignment/13_ctc.ipynb #37d3877f
+# %% ../../nbs/alignment/13_ctc.ipynb #6a737377
 @dataclass(frozen=True)
 class CTCHypothesis:
     """A text found by a CTC decoder.
@@ -272,26 +271,30 @@ class CTCHypothesis:
     score: float
 
 
-def valid_steps(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
-    """The valid steps of each utterance, on the CPU. Raises: ValueError: lengths. ArithmeticError: NaN."""
+def valid_steps(log_probs: Tensor, lengths: Tensor, *, blank: int) -> list[Tensor]:
+    """The valid steps of each utterance, on the CPU. Raises: ValueError: lengths, blank, or logits in place of log-probabilities. ArithmeticError: NaN."""
+    if not 0 <= blank < log_probs.shape[2]:
+        raise ValueError(f"blank is {blank}; it must be one of the {log_probs.shape[2]} symbols of log_probs")
     if len(lengths) != len(log_probs) or (len(lengths) and (int(lengths.max()) > log_probs.shape[1] or int(lengths.min()) < 0)):
         raise ValueError(f"lengths {lengths.tolist()} do not fit log_probs of shape {tuple(log_probs.shape)}; each utterance has one, between 0 and {log_probs.shape[1]}")
     valid = [log_probs[i, :n].detach().cpu() for i, n in enumerate(lengths.tolist())]
     for i, x in enumerate(valid):
         if x.isnan().any():
             raise ArithmeticError(f"the log-probabilities of utterance {i} hold NaN; the model's weights or its input are damaged")
+        if x.numel() and float(x.max()) > 1e-3:
+            raise ValueError(f"log_probs has the value {float(x.max()):.3g}; log-probabilities are never above 0. Apply log_softmax to the model's output first")
     return valid
 
 
 def ctc_greedy(log_probs: Float[Tensor, "batch steps vocab"], lengths: Int[Tensor, "batch"], *, blank: int) -> list[CTCHypothesis]:
     """Take the likeliest symbol at each step, merge equal neighbours, drop blanks.
 
-    Raises: ValueError: lengths that do not fit. ArithmeticError: NaN.
+    Raises: ValueError: lengths or a blank that do not fit, logits in place of log-probabilities. ArithmeticError: NaN.
 
     Source: Graves et al., 2006, section 3.2 (best path decoding). Chapter: alignment/13_ctc.
     """
     found = []
-    for x in valid_steps(log_probs, lengths):
+    for x in valid_steps(log_probs, lengths, blank=blank):
         best = x.max(dim=1)
         runs, step = [], 0
         for symbol, group in itertools.groupby(best.indices.tolist()):

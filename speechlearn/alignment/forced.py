@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Alignment', 'forced_alignment', 'AlignedWord', 'word_times', 'plot_words', 'measured_shifts']
 
-# %% ../../nbs/alignment/13d_forced_alignment.ipynb #32f83f3f
+# %% ../../nbs/alignment/13d_forced_alignment.ipynb #37105e16
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .ctc import valid_steps, with_blanks
+from .ctc import _check_ctc, valid_steps, with_blanks
 from ..data.batches import unalignable
 
-# %% ../../nbs/alignment/13d_forced_alignment.ipynb #f2af361a
+# %% ../../nbs/alignment/13d_forced_alignment.ipynb #f40c4788
 @dataclass(frozen=True)
 class Alignment:
     """Where each symbol of a text lies.
@@ -49,20 +49,20 @@ def forced_alignment(
         lengths, target_lengths: valid steps and symbols.
         blank: its number.
 
-    Raises: ValueError: a text needs more steps than there are, contains the blank, or has a symbol of probability zero on every path. ArithmeticError: NaN.
+    Raises: ValueError: lengths or symbols that do not fit, logits in place of log-probabilities, a text that needs more steps than there are, or one with a symbol of
+        probability zero on every path. ArithmeticError: NaN.
 
     Source: Viterbi, “Error bounds for convolutional codes”, 1967; on CTC's lattice: Kürzinger et al., “CTC-Segmentation”, 2020. Chapter: alignment/13d_forced_alignment.
     """
+    _check_ctc(log_probs, targets, lengths, target_lengths, blank)
     if (impossible := unalignable(lengths, targets, target_lengths)).any():
         i = int(impossible.nonzero()[0])
         raise ValueError(
             f"text {i} of {int(target_lengths[i])} symbols does not fit into {int(lengths[i])} steps (it needs one for each symbol, and one between equal neighbours); does it belong to this recording?"
         )
     found = []
-    for i, x in enumerate(valid_steps(log_probs, lengths)):
+    for i, x in enumerate(valid_steps(log_probs, lengths, blank=blank)):
         tokens = targets[i, : int(target_lengths[i])].cpu()
-        if (tokens == blank).any():
-            raise ValueError(f"text {i} contains the blank ({blank}) at place {int((tokens == blank).nonzero()[0])}; a text consists of letters only")
         states = with_blanks(tokens, blank=blank)
         path, score = _best_states(x.double()[:, states], states, blank)
         if score == -math.inf:
@@ -102,7 +102,7 @@ def _best_states(emissions: Float[Tensor, "steps states"], states: Int[Tensor, "
         state -= int(moves[t, state])
     return path[::-1], score
 
-# %% ../../nbs/alignment/13d_forced_alignment.ipynb #6aba85fb
+# %% ../../nbs/alignment/13d_forced_alignment.ipynb #f698dfc0
 @dataclass(frozen=True)
 class AlignedWord:
     """A word with its times in seconds, and how sure the model was of its symbols (0 to 1)."""
@@ -133,10 +133,11 @@ def word_times(alignment: Alignment, vocabulary, *, frame_seconds: float, start_
     def finish():
         if current:
             text = vocabulary.decode([token for token, _, _ in current]).strip()
+        if current and text:  # special symbols, and a mark without letters, are no words
             start = min(max(0.0, current[0][1][0] * frame_seconds + start_shift), seconds)
             end = min(max(start, (current[-1][1][1] + 1) * frame_seconds + end_shift), seconds)
             words.append(AlignedWord(text, start, end, math.exp(sum(sure for _, _, sure in current) / len(current))))
-            current.clear()
+        current.clear()
 
     for item in zip(alignment.tokens, alignment.spans, alignment.log_probs):
         symbol = vocabulary.symbols[item[0] - n_special] if item[0] >= n_special else ""

@@ -3,15 +3,16 @@
 # %% auto #0
 __all__ = ['START', 'END', 'UNKNOWN', 'NGramModel', 'train_ngram', 'write_arpa', 'read_arpa']
 
-# %% ../../nbs/alignment/13b_language_model.ipynb #d99d82b3
+# %% ../../nbs/alignment/13b_language_model.ipynb #ac4d5797
 import math
 import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-# %% ../../nbs/alignment/13b_language_model.ipynb #b32a6651
+from ..text import _refuse_one_text
+
+# %% ../../nbs/alignment/13b_language_model.ipynb #d0137c5e
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 
 
@@ -68,13 +69,14 @@ class NGramModel:
 
     def perplexity(self, sentences: Iterable[str]) -> float:
         """Between how many words, on average, the model hesitates: `exp(−log-probability per word)`, ends of sentences included."""
+        _refuse_one_text(sentences, "sentences")
         sentences = list(sentences)
         n_words = sum(len(sentence.split()) + 1 for sentence in sentences)
         if n_words == 0:
             raise ValueError("there are no sentences, so there is no perplexity")
         return math.exp(-sum(map(self.score, sentences)) / n_words)
 
-# %% ../../nbs/alignment/13b_language_model.ipynb #ddbb3c4a
+# %% ../../nbs/alignment/13b_language_model.ipynb #c7e03f9e
 def train_ngram(sentences: Iterable[str], *, order: int = 3) -> NGramModel:
     """Count n-grams and smooth them with the method of Witten and Bell, interpolated.
 
@@ -82,12 +84,13 @@ def train_ngram(sentences: Iterable[str], *, order: int = 3) -> NGramModel:
         sentences: normalised text, words separated by spaces.
         order: longest n-gram; 3 looks at two words before.
 
-    Raises: ValueError: order below 1, no words, or a sentence that contains one of the marks.
+    Raises: ValueError: order below 1, no sentences, or one that contains one of the marks. TypeError: one text in place of a list.
 
     Source: Witten and Bell, “The zero-frequency problem”, 1991, method C. Chapter: alignment/13b_language_model.
     """
     if order < 1:
         raise ValueError(f"order is {order}; the shortest n-gram has one word")
+    _refuse_one_text(sentences, "sentences")
     counts: Counter = Counter()
     for sentence in sentences:
         words = sentence.split()
@@ -112,7 +115,7 @@ def train_ngram(sentences: Iterable[str], *, order: int = 3) -> NGramModel:
         probs[ngram] = counts[ngram] / (followed[context] + different[context]) + backoffs[context] * shorter
     return NGramModel({ngram: math.log(p) for ngram, p in probs.items()}, {context: math.log(weight) for context, weight in backoffs.items() if context})
 
-# %% ../../nbs/alignment/13b_language_model.ipynb #48390e06
+# %% ../../nbs/alignment/13b_language_model.ipynb #6efdcc9a
 def write_arpa(model: NGramModel, path: str | Path) -> None:
     """Write a model as an ARPA text file (logarithms to the base ten).
 
@@ -127,18 +130,19 @@ def write_arpa(model: NGramModel, path: str | Path) -> None:
     for n, ngrams in sorted(by_order.items()):
         lines += ["", f"\\{n}-grams:"]
         for ngram in ngrams:
-            # <s> begins sentences and never follows anything: as a word it has no probability, and files write -99.
-            log10 = model.log_probs[ngram] / math.log(10) if ngram in model.log_probs else -99.0
+            # A context that has a weight, but no probability as a word after others, gets the one that the lookup gives.
+            log_prob = model.log_probs[ngram] if ngram in model.log_probs else model.log_prob(ngram[-1], ngram[:-1])
+            # <s> begins sentences and never follows anything. For it, and for all that is impossible, files write -99.
+            log10 = -99.0 if ngram == (START,) else max(-99.0, log_prob / math.log(10))
             backoff = f"\t{model.log_backoffs[ngram] / math.log(10):.9g}" if ngram in model.log_backoffs else ""
             lines.append(f"{log10:.9g}\t{' '.join(ngram)}{backoff}")
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join([*lines, "", "\\end\\", ""]))
-        os.replace(temporary, path)
+        beside.write_text("\n".join([*lines, "", "\\end\\", ""]), encoding="utf-8")
+        os.replace(beside, path)
     except BaseException:
-        os.unlink(temporary)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -178,9 +182,11 @@ def read_arpa(path: str | Path) -> NGramModel:
                     log10, backoff = float(fields[0]), float(fields[section + 1]) if len(fields) == section + 2 else None
                 except ValueError:
                     log10, backoff = math.nan, None
-                if len(fields) not in (section + 1, section + 2) or not math.isfinite(log10):
+                if len(fields) not in (section + 1, section + 2) or not math.isfinite(log10) or not math.isfinite(backoff or 0.0):
                     raise ValueError(f"{where}: expected a logarithm, {section} words and perhaps a back-off weight, got {line!r}")
                 ngram = tuple(fields[1 : section + 1])
+                if ngram in log_probs:
+                    raise ValueError(f"{where}: the n-gram {' '.join(ngram)!r} stands there for the second time; the file is damaged")
                 found[section] += 1
                 if ngram != (START,):
                     log_probs[ngram] = log10 * math.log(10)

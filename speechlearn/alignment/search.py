@@ -40,7 +40,7 @@ class NoModel:
     def finish(self, state) -> float:
         return 0.0
 
-# %% ../../nbs/alignment/13c_search.ipynb #4be1ff0d
+# %% ../../nbs/alignment/13c_search.ipynb #c964682e
 @dataclass(slots=True)
 class _Prefix:
     """Log-probabilities of the paths of a text that end in a blank and that do not; the language model's score and state."""
@@ -81,18 +81,18 @@ def prefix_beam_search(
     Returns: for each utterance its hypotheses, best `score` first, at most `beam`. `log_prob` is that of the text, without the language model. `spans` are empty: a
         text has many paths; use `alignment.forced`. Texts that the model forbids are missing, so that the list can be empty.
 
-    Raises: ValueError: beam below 1, or lengths that do not fit. ArithmeticError: NaN.
+    Raises: ValueError: beam below 1, lengths or a blank that do not fit, logits in place of log-probabilities. ArithmeticError: NaN.
 
     Source: Hannun et al., “First-pass large vocabulary continuous speech recognition using bi-directional recurrent DNNs”, 2014, algorithm 1. Chapter: alignment/13c_search.
     """
     if beam < 1:
         raise ValueError(f"beam is {beam}; it must be at least 1")
-    model = model or NoModel()
+    model = NoModel() if model is None else model
     results = []
-    for x in valid_steps(log_probs, lengths):
+    for x in valid_steps(log_probs, lengths, blank=blank):
         prefixes: dict[tuple[int, ...], _Prefix] = {(): _Prefix(0.0, -math.inf, 0.0, model.start())}
         for row in x.tolist():
-            tried = [(symbol, p) for symbol, p in enumerate(row) if symbol != blank and p > threshold and p > -math.inf and symbol not in never]
+            tried = [(symbol, p) for symbol, p in enumerate(row) if symbol != blank and p >= threshold and p > -math.inf and symbol not in never]
             following: dict[tuple[int, ...], _Prefix] = {}
 
             def entry(text, old, symbol=None):
