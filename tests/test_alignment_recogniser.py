@@ -11,7 +11,7 @@ from speechlearn.alignment.pruned import pruned_transducer_losses
 from speechlearn.alignment.recogniser import AlignmentRecogniser, AlignmentRecogniserConfig
 from speechlearn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from speechlearn.cli import Recipe, begin_with, main, make_model
-from speechlearn.data.batches import Batch
+from speechlearn.data.batches import Batch, assert_batch_independent
 from speechlearn.data.synthetic import sampler
 from speechlearn.sound.waveform import save
 from speechlearn.text import DIGITS, CharacterVocabulary
@@ -194,6 +194,23 @@ def test_special_symbols_are_never_found():
     for way in ("ctc", "transducer"):
         for words in model.recognise(batch.features, batch.feature_lengths, VOCABULARY, beam=3, way=way):
             assert all(set(word) <= set("abc") for word, _, _ in words), way
+
+
+@pytest.mark.parametrize("way", ["ctc", "transducer"])
+def test_an_utterance_is_read_alone_as_in_a_batch(way):
+    """By a model that writes at nearly every step, also at those of the padding if it were asked there."""
+    model, batch = tiny("both").eval(), batch_of(["a"] * 3, (60, 41, 9))
+    with torch.no_grad():
+        for layer in (model.ctc_output, model.joiner.output_linear):
+            layer.weight.mul_(8)
+            layer.bias[0] -= 3
+        for layer in (model.joiner.encoder_proj, model.joiner.decoder_proj):
+            layer.weight.mul_(4)
+    assert_batch_independent(model, batch.features, batch.feature_lengths)
+    together = model.recognise(batch.features, batch.feature_lengths, VOCABULARY, way=way)
+    for i, n in enumerate(batch.feature_lengths.tolist()):
+        assert model.recognise(batch.features[i : i + 1, :n], tensor([n]), VOCABULARY, way=way) == [together[i]]
+    assert together[0] and together[1]
 
 
 def test_wrong_ways():

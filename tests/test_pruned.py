@@ -296,6 +296,31 @@ def test_gradients_of_all_parts_without_overwriting():
         assert torch.allclose(p.grad, q.grad, atol=1e-10) and p.grad.abs().max() > 0, name
 
 
+def test_the_gradient_is_written_over_the_logits():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Large(TorchDispatchMode):
+        """Counts new tensors of the size of the logits."""
+
+        def __init__(self, numel):
+            super().__init__()
+            self.numel, self.kept = numel, {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() >= 4 * self.numel:
+                self.kept[out.untyped_storage().data_ptr()] = out.untyped_storage()  # kept, so that no address is used twice
+            return out
+
+    parts, sound = model(vocab=150, dtype=torch.float32), noise(0, 3, 60, 10, dtype=torch.float32)
+    targets, target_lengths = CASE[0], CASE[2]
+    with Large(3 * 60 * 4 * 150) as forward:
+        _, pruned = pruned_transducer_losses(sound, targets, tensor([60, 51, 54]), target_lengths, **parts, blank=0, n_rows=4)
+    with Large(3 * 60 * 4 * 150) as backward:
+        pruned.sum().backward()
+    assert len(forward.kept) == 1 and set(backward.kept) <= set(forward.kept)
+
+
 def test_padding_and_batch_mates_change_nothing():
     parts, sound = model(), noise(0, 3, 18, 10)
     together = pruned_transducer_losses(sound, *CASE, **parts, blank=0, n_rows=4)
@@ -323,6 +348,16 @@ def test_sixteen_bit_training_stays_close():
         results.append((simple.detach(), pruned.detach(), torch.cat([p.grad.flatten() for p in parts.parameters()])))
     (s, p, g), (s16, p16, g16) = results
     assert torch.allclose(s, s16, rtol=0.01) and torch.allclose(p, p16, rtol=0.01) and (g - g16).norm() < 0.02 * g.norm()
+
+
+def test_autocast_leaves_the_simple_lattice_in_32_bits():
+    """Only the scores are coarse: what is computed from them is what 32 bits give."""
+    parts, sound = model(dtype=torch.float32), 3 * noise(0, 3, 18, 10, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        simple, _ = pruned_transducer_losses(sound, *CASE, **parts, blank=0, n_rows=8)
+        am, lm = parts["simple_am_proj"](sound), parts["simple_lm_proj"](parts["decoder"](F.pad(CASE[0], (1, 0))))
+    assert am.dtype == lm.dtype == torch.bfloat16
+    assert torch.allclose(simple, -lattice_log_prob(*simple_arcs(am, lm, CASE[0], blank=0), *CASE[1:]), rtol=1e-6)
 
 
 def test_errors_come_before_the_decoder_sees_wrong_symbols():

@@ -249,10 +249,12 @@ def test_errors_name_utterance_place_and_need():
             transducer_loss(logits, arguments["targets"], arguments["lengths"], arguments["target_lengths"], blank=arguments["blank"])
         return str(raised.value)
 
-    assert message(lengths=tensor([7, 9, 8])) == (
-        "lengths of utterance 1 is 9; it must lie between 1 and 7. Lengths count the encoder's steps, not the frames before its front end"
+    assert message(lengths=tensor([7, 8, 9])) == (
+        "lengths of utterance 1 is 8; it must lie between 1 and 7. Lengths count the encoder's steps, not the frames before its front end"
     )
+    assert message(lengths=tensor([7, 7, 0])).startswith("lengths of utterance 2 is 0;")
     assert message(target_lengths=tensor([4, 4, -1])).startswith("target_lengths of utterance 2 is -1; it must lie between 0 and 4")
+    assert message(target_lengths=tensor([4, 5, 4])).startswith("target_lengths of utterance 1 is 5;")
     wrong = targets.clone()
     wrong[2, 3] = 6
     assert message(targets=wrong) == "target 2 has symbol 6 at place 3; expected 0 to 5, and not the blank (2)"
