@@ -111,7 +111,7 @@ def read_settings(path: str | Path) -> dict:
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 
-# %% ../nbs/workshop/cli.ipynb #104e89f2
+# %% ../nbs/workshop/cli.ipynb #37adaa81
 def make_vocabulary(recipe: Recipe):
     """The vocabulary of a recipe; subwords are learned from its training texts.
 
@@ -225,7 +225,7 @@ def run_training(recipe: Recipe, directory: str | Path, *, resume: bool = False,
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     model, vocabulary = make_model(recipe)
-    if recipe.start_from:
+    if recipe.start_from and not (resume and (Path(directory) / "last.json").exists()):  # a run that goes on has its own weights
         begin_with(model, recipe.start_from)
     features = LogMel(n_bins=recipe.n_bins, f_max=recipe.top_hz)
     augment = Augment(p_band_limit=recipe.telephone, p_speed=0.8, speed=(0.85, recipe.fastest)) if recipe.augment else None

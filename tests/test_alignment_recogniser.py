@@ -1,6 +1,7 @@
 """The recogniser of part 4: settings, parts of its loss, what it learns by heart, checkpoints, stops, and the command line."""
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -368,6 +369,10 @@ def test_a_training_that_begins_with_another_model(run, clips, tmp_path):
     assert run(*command, "--d-model", 16, "--start-from", tmp_path / "ctc", "--directory", tmp_path / "run")[0] == 0
     trained, source = (load_checkpoint(tmp_path / path).model.encoder for path in ("run/recogniser", "ctc"))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trained.parameters(), source.parameters()))  # one step of 1e-9
+    shutil.move(tmp_path / "ctc", tmp_path / "moved")  # a run that goes on does not ask for it
+    code, out, err = run(*command, "--d-model", 16, "--start-from", tmp_path / "ctc", "--directory", tmp_path / "run", "--resume")
+    assert code == 0, err
+    shutil.move(tmp_path / "moved", tmp_path / "ctc")
     for more, says in ((["--d-model", 32, "--start-from", tmp_path / "ctc"], "are d_model and n_bins the same?"), (["--d-model", 16, "--start-from", tmp_path / "none"], "none")):
         code, out, err = run(*command, *more, "--directory", tmp_path / "other")
         assert code == 1 and out == "" and says in err and not (tmp_path / "other").exists()
