@@ -19,7 +19,7 @@ from ..transformer.attention import padding_mask, recorded_attention
 from ..transformer.blocks import DecoderState, TokenDecoder, sequence_loss, shifted
 from ..whole_game import words_of
 
-# %% ../../nbs/speech_transformer/10_decoder.ipynb #ef88ef65
+# %% ../../nbs/speech_transformer/10_decoder.ipynb #2c63403b
 class SpeechTransformer(nn.Module):
     """Features to text with attention: an encoder that listens, a decoder that writes one symbol after another.
 
@@ -99,7 +99,7 @@ class SpeechTransformer(nn.Module):
         c = self.config
         state = self.start(features, feature_lengths)
         memory, memory_mask = state.memory, state.memory_mask
-        steps = memory_mask[:, 0, 0].sum(dim=-1)
+        steps = memory_mask[:, 0, 0].sum(dim=-1)  # the mask is (batch, 1, 1, steps), True where there is sound
         found = beam_search(self.step, state, len(features), sos=c.sos, eos=c.eos, beam=beam, max_length=steps, never=(c.blank, c.pad, c.sos))
         if self.ctc_head is not None and ctc_weight:
             log_probs = self.ctc_head(memory).log_softmax(dim=-1)
