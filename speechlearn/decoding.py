@@ -237,7 +237,7 @@ def plot_alignment(
         each.grid(False)
     return figure
 
-# %% ../nbs/speech_transformer/11_decoding.ipynb #43220f33
+# %% ../nbs/speech_transformer/11_decoding.ipynb #d9ba31bb
 @torch.no_grad()
 def rescore_with_ctc(
     hypotheses: list[Hypothesis], ctc_log_probs: Float[Tensor, "steps vocab"], *, weight: float, blank: int = 0, length_power: float = 0.0
@@ -253,7 +253,7 @@ def rescore_with_ctc(
 
     Returns: the same hypotheses with new scores, best first. One that CTC cannot align (too few steps) is last.
 
-    Source: Hori, Watanabe and Hershey, “Joint CTC/attention decoding for end-to-end speech recognition”, ACL 2017, section 3.2 (rescoring).
+    Source: Hori, Watanabe and Hershey, “Joint CTC/attention decoding for end-to-end speech recognition”, ACL 2017, its part on joint decoding (rescoring).
     Chapter: speech_transformer/11_decoding.
     """
     if not 0 <= weight <= 1:
