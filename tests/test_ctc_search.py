@@ -372,6 +372,18 @@ class TestFusion:
             _, half = fusion.step(half, token)
         assert fusion.finish(half) == -math.inf  # half a word is none
 
+    def test_closed_looks_at_the_letters_that_begin_the_next_word(self):
+        fusion = WordFusion(train_ngram(["ab", "ab ab"]), Pieces(), closed=True)
+        _, state = fusion.step(fusion.step(fusion.start(), 2)[1], 3)  # ▁a b
+        assert fusion.step(state, 2)[0] > -math.inf and fusion.step(state, 4)[0] == -math.inf  # ▁a may follow; no word begins with ba
+
+    @pytest.mark.parametrize("vocabulary", [CharacterVocabulary(), WordVocabulary(["a", "b", "zebra"])], ids=lambda v: v.kind)
+    def test_after_an_unknown_word(self, vocabulary):
+        """A model may know what follows words that it does not know."""
+        ngram = NGramModel({(END,): -1.0, ("<unk>",): -3.0, ("a",): -1.0, ("b",): -2.0, ("<unk>", "b"): -0.1}, {("<unk>",): -0.7})
+        for text in ("zebra b", "zebra a", "a zebra", "zebra zebra b"):
+            assert spoken(WordFusion(ngram, vocabulary, weight=0.6, word_bonus=0.1), vocabulary.encode(text)) == pytest.approx(by_sentence(ngram, text, 0.6, 0.1))
+
     @pytest.mark.parametrize("closed", [False, True])
     @pytest.mark.parametrize("kind", VOCABULARIES)
     def test_special_symbols_are_never_written(self, kind, closed):

@@ -118,11 +118,10 @@ class TestAgainstAllPaths:
         assert found.spans[1] == (4, 4) and found.path[2] == 2 and found.log_prob > -math.inf
         check_consistent(found, x, [2, 1], 0)
 
-    @pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 1e-5), (torch.float16, 0.05), (torch.bfloat16, 0.3)])
-    def test_fewer_bits(self, dtype, gap):
-        x = random_log_probs(2, 12, 4)
-        found, exact = align(x.to(dtype), [1, 3, 3]), align(x, [1, 3, 3])
-        assert found.log_prob == pytest.approx(exact.log_prob, abs=gap) and found.path == align(x.to(dtype).double(), [1, 3, 3]).path
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_the_sums_have_64_bits(self, dtype):
+        x, text = random_log_probs(2, 400, 4).to(dtype), [1, 3, 3, 2] * 30
+        assert align(x, text) == align(x.double(), text)
 
     def test_no_gradient_is_kept(self):
         x = random_log_probs(3, 6, 4).requires_grad_()
