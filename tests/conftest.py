@@ -26,7 +26,8 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("worst relative difference from the reference")
     terminalreporter.write_line(f"{'component':60} {'output':>9} {'grad input':>11} {'grad params':>12}")
     for name, row in sorted(runner.Worst.rows.items()):
-        terminalreporter.write_line(f"{name[:60]:60} {row['output']:9.1e} {row['grad input']:11.1e} {row['grad params']:12.1e}")
+        figures = ["-" if row[kind] is None else f"{row[kind]:.1e}" for kind in ("output", "grad input", "grad params")]
+        terminalreporter.write_line("{:60} {:>9} {:>11} {:>12}".format(name[:60], *figures))
 
 
 @pytest.fixture(scope="session")

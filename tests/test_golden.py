@@ -62,7 +62,6 @@ CLASSES = {
 NOT_BUILT_YET = {
     "20": {(2, "CompactRelPositionalEncoding"), (2, "RelPositionMultiheadAttentionWeights"), (2, "SelfAttention"), (2, "NonlinAttention")},
     "22": {(2, "BypassModule"), (2, "SimpleDownsample"), (2, "SimpleUpsample"), (1, "AttentionCombine"), (1, "AttentionDownsample"), (1, "SimpleCombiner"), (1, "SimpleUpsample")},
-    "23": {(2, "ScaledAdam"), (2, "ScaledAdam + Eden"), (2, "Eden, Eden2"), (1, "scaled_adam_clipped"), (1, "scaled_adam_other_settings"), (1, "scaled_adam_unclipped"), (1, "eden")},
     "24": {(2, "Zipformer2EncoderLayer"), (2, "Zipformer2Encoder"), (2, "DownsampledZipformer2Encoder"), (2, "Zipformer2"), (2, "Zipformer2.get_feature_masks"),
            (2, "Zipformer2 chunk attention mask"), (2, "Zipformer2 (all ScheduledFloat attributes)")},
     "25": {(1, "RelPositionMultiheadAttention"), (1, "ConvolutionModule"), (1, "FeedforwardModule"), (1, "ZipformerEncoderLayer"), (1, "ZipformerEncoder"),
@@ -80,9 +79,8 @@ class Worst:
 
     @classmethod
     def note(cls, component, kind, value):
-        row = cls.rows.setdefault(component, {"output": 0.0, "grad input": 0.0, "grad params": 0.0, "files": 0})
-        if kind in row and kind != "files":
-            row[kind] = max(row[kind], value)
+        row = cls.rows.setdefault(component, {"output": None, "grad input": None, "grad params": None})  # None: nothing to compare
+        row[kind] = max(row[kind] or 0.0, value)
 
 
 class Case:
@@ -451,6 +449,76 @@ def run_pruned_transducer(case):
         case.compare(f"the gradient of {name}", parameter.grad, g[f"grads.{name}"], PARAMETER, "grad params")
 
 
+def follow(case, optimiser, parameters, gradients, states, before_step=lambda t: None):
+    """A stored optimisation: the gradients go in, the parameters after each step are compared."""
+    for t, (gradient, state) in enumerate(zip(gradients, states, strict=True)):
+        for name, parameter in parameters.items():
+            parameter.grad = gradient.get(name)
+        before_step(t)
+        optimiser.step()
+        for name, parameter in parameters.items():
+            case.compare(f"{name} after step {t}", parameter, state[name], OUTPUT, "output")
+
+
+def run_scaled_adam(case):
+    from speechlearn.optim import Eden, ScaledAdam
+
+    states = [case.group(f"params.{t}.") for t in range(1 + max(int(key.split(".")[1]) for key in case.tensors if key.startswith("params.")))]
+    gradients = [case.group(f"grad.{t}.") for t in range(len(states) - 1)]
+    parameters, settings = {name: torch.nn.Parameter(value.clone()) for name, value in states[0].items()}, case.meta["kwargs"]
+    if case.module == "ScaledAdam":
+        optimiser = ScaledAdam(list(parameters.items()), **settings)
+        follow(case, optimiser, parameters, gradients, states[1:])
+        if "model_norms_after" in case.tensors:
+            (memory,) = [state for state in optimiser.state.values() if "model_norms" in state]
+            case.compare("the lengths of the last gradients", torch.tensor(memory["model_norms"]), case.tensors["model_norms_after"], OUTPUT, "output")
+            case.compare("the threshold", torch.tensor(memory["model_norm_threshold"]), case.tensors["model_norm_threshold_after"].reshape(()), OUTPUT, "output")
+        return
+    settings = dict(settings["optimizer"])
+    optimiser = ScaledAdam([{"named_params": [(group["name"], parameters[group["name"]])], "lr": group["lr"]} for group in settings.pop("groups")], **settings)
+    scheduler = Eden(optimiser, **case.meta["kwargs"]["eden"])
+    scheduler.step_epoch(1)
+
+    def before_step(t):
+        scheduler.step_batch(t + 1)
+        case.compare(f"the rates of step {t}", torch.tensor(scheduler.get_last_lr()), case.tensors[f"lr.{t}"].float(), OUTPUT, "output")
+
+    follow(case, optimiser, parameters, gradients, states[1:], before_step)
+
+
+def run_first_scaled_adam(case):
+    from speechlearn.optim import FirstScaledAdam
+
+    values, gradients = case.group("param."), case.group("grad.")
+    n_steps = len(case.tensors["lr"])
+    parameters = {name: torch.nn.Parameter(value[0].clone()) for name, value in values.items()}
+    optimiser = FirstScaledAdam(list(parameters.items()), **case.meta["kwargs"])
+    rows = lambda table, steps: [{name: value[t] for name, value in table.items()} for t in steps]
+    last = n_steps if all(len(value) > n_steps for value in values.values()) else n_steps - 1
+    follow(case, optimiser, parameters, rows(gradients, range(last)), rows(values, range(1, last + 1)), lambda t: optimiser.param_groups[0].update(lr=case.tensors["lr"][t].item()))
+
+
+def run_eden(case):
+    from speechlearn.optim import Eden, Eden2
+
+    def rates(kind, batches, epochs, base_lr, **settings):
+        scheduler, out = kind(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base_lr), **settings), []
+        for batch, epoch in zip(batches, epochs, strict=True):
+            scheduler.step_epoch(epoch)
+            scheduler.step_batch(batch)
+            out += scheduler.get_last_lr()
+        return torch.tensor(out, dtype=torch.float64)
+
+    g = case.tensors
+    if case.version == 1:
+        return case.compare("the rates", rates(Eden, g["batch"].tolist(), g["epoch"].tolist(), **case.meta["kwargs"]), g["lr"], OUTPUT, "output")
+    for name, settings in case.meta["kwargs"].items():
+        for epoch, row in zip(g["epochs"].tolist(), g[f"{name}.lr"], strict=True):
+            case.compare(f"{name}, epoch {epoch}", rates(Eden, g["batches"].tolist(), [epoch] * len(row), **settings), row, OUTPUT, "output")
+        without = {key: value for key, value in settings.items() if key != "lr_epochs"}
+        case.compare(f"{name} of Eden2", rates(Eden2, g["batches"].tolist(), [0] * len(g["batches"]), **without), g[name.replace("eden", "eden2") + ".lr"].flatten(), OUTPUT, "output")
+
+
 SPECIAL = {
     (2, "SwooshL, SwooshR, DoubleSwish (functions)"): run_activations,
     (2, "PiecewiseLinear, ScheduledFloat"): run_schedules,
@@ -458,6 +526,13 @@ SPECIAL = {
     (2, "Conv2dSubsampling (all ScheduledFloat attributes)"): run_conv2d_schedules,
     (2, "Conv2dSubsampling.streaming_forward"): run_conv2d_streaming,
     (2, "AsrModel.forward_transducer"): run_pruned_transducer,
+    (2, "ScaledAdam"): run_scaled_adam,
+    (2, "ScaledAdam + Eden"): run_scaled_adam,
+    (2, "Eden, Eden2"): run_eden,
+    (1, "scaled_adam_clipped"): run_first_scaled_adam,
+    (1, "scaled_adam_other_settings"): run_first_scaled_adam,
+    (1, "scaled_adam_unclipped"): run_first_scaled_adam,
+    (1, "eden"): run_eden,
     (2, "Decoder"): run_decoder,
     (1, "Decoder"): run_decoder,
     (1, "double_swish_expectation"): run_double_swish_expectation,
