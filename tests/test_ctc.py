@@ -466,6 +466,20 @@ class TestErrors:
         with pytest.raises(ArithmeticError, match="the loss of utterance 1 is NaN; its log_probs hold NaN"):
             ctc_loss(x, ints([1], [1], [2]), ints(3, 3, 3), ints(1, 1, 1), blank=0, label_smoothing=label_smoothing, impossible=impossible)
 
+    def test_a_nan_that_comes_back_is_passed_on_where_there_is_a_path(self):
+        x = THREE[None].repeat(2, 1, 1).requires_grad_()
+        losses = ctc_loss(x, ints([1, 0], [1, 1]), ints(3, 2), ints(1, 2), blank=0, impossible="zero")
+        losses.backward(torch.tensor([math.nan, 1.0], dtype=torch.float64))
+        assert x.grad[0, :, :2].isnan().all() and (x.grad[1] == 0).all()
+
+    @pytest.mark.parametrize("upstream", [math.nan, math.inf, 1.0])
+    def test_a_text_without_a_path_pulls_at_nothing_whatever_comes_back(self, upstream):
+        x = THREE[None].repeat(2, 1, 1).requires_grad_()
+        with pytest.warns(UserWarning, match="utterance 1 has 2 steps"):
+            losses = ctc_loss(x, ints([1, 0], [1, 1]), ints(3, 2), ints(1, 2), blank=0)
+        losses.backward(torch.tensor([1.0, upstream], dtype=torch.float64))
+        assert (x.grad[1] == 0).all() and x.grad[0].sum(dim=1).allclose(torch.full((3,), -1.0, dtype=torch.float64))
+
     def test_nan_in_a_symbol_that_the_text_lacks_is_named_when_smoothing_reads_it(self):
         x = THREE[None].clone()
         x[0, 1, 2] = math.nan

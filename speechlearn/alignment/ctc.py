@@ -163,16 +163,17 @@ class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs, targets, lengths, target_lengths, blank):
         log_p, posteriors = ctc_posteriors(log_probs, targets, lengths, target_lengths, blank=blank)
-        ctx.save_for_backward(posteriors.to(log_probs.dtype), with_blanks(targets, blank=blank))
+        ctx.save_for_backward(posteriors.to(log_probs.dtype), with_blanks(targets, blank=blank), log_p == -math.inf)
         ctx.vocab = log_probs.shape[2]
         return -log_p.to(log_probs.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        posteriors, states = ctx.saved_tensors
+        posteriors, states, no_path = ctx.saved_tensors
         n_utterances, n_steps, _ = posteriors.shape
-        shares = posteriors * -grad_losses.nan_to_num(nan=0.0)[:, None, None]
+        # A text without a path pulls at nothing, whatever an infinite loss became further on.
+        shares = posteriors * -grad_losses.masked_fill(no_path, 0.0)[:, None, None]
         grad = posteriors.new_zeros(n_utterances, n_steps, ctx.vocab)
         return grad.scatter_add_(2, states[:, None].expand(-1, n_steps, -1), shares), None, None, None, None
 
