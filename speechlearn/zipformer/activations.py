@@ -161,11 +161,13 @@ class _ActivationDropoutAndLinear(torch.autograd.Function):
         with torch.no_grad():
             y = function(x) if mask is None else function(x) * mask
             flat = grad.reshape(-1, grad.shape[-1])
-            grad_weight = flat.T @ y.reshape(-1, y.shape[-1]) if ctx.needs_input_grad[1] else None
-            grad_bias = flat.sum(dim=0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+            # In mixed precision the gradient has fewer bits than the weights. As in the forward, the products are of the narrower type.
+            grad_weight = (flat.T @ y.reshape(-1, y.shape[-1]).to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            grad_bias = flat.sum(dim=0).to(weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = (grad @ weight).mul_(slope(x))
+                wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+                grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype).mul_(slope(wide))
                 if mask is not None:
                     grad_x.mul_(mask)
         return grad_x, grad_weight, grad_bias, None, None

@@ -25,15 +25,16 @@ def rms_norm(x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch chann
 
 
 def basic_norm(x: Float[Tensor, "*shape"], log_eps: Float[Tensor, ""], *, dim: int = -1) -> Float[Tensor, "*shape"]:
-    """x / √(mean(x²) + e^log_eps): short vectors stay short, long ones get the RMS 1.
+    """x / √(mean(x²) + e^log_eps): short vectors stay short, long ones get the RMS 1. Squares are of at least 32 bits.
 
     Source: icefall, `pruned_transducer_stateless7`. Chapter: zipformer/16_normalisation.
     """
-    return x * (x.square().mean(dim=dim, keepdim=True) + log_eps.exp()).rsqrt()
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide * (wide.square().mean(dim=dim, keepdim=True) + log_eps.exp()).rsqrt()).to(x.dtype)
 
 
 def bias_norm(x: Float[Tensor, "*shape"], bias: Float[Tensor, "*channels"], log_scale: Float[Tensor, ""], *, dim: int = -1) -> Float[Tensor, "*shape"]:
-    """x / RMS(x − bias) · e^log_scale. The bias enters the length only; nothing is subtracted from x itself.
+    """x / RMS(x − bias) · e^log_scale. The bias enters the length only; nothing is subtracted from x itself. Squares are of at least 32 bits.
 
     Args:
         x: activations.
@@ -46,7 +47,8 @@ def bias_norm(x: Float[Tensor, "*shape"], bias: Float[Tensor, "*channels"], log_
 
     Source: Yao et al., “Zipformer”, 2024, section 3.3, equation 3. Chapter: zipformer/16_normalisation.
     """
-    return x * ((x - bias).square().mean(dim=dim, keepdim=True).rsqrt() * log_scale.exp())
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide * ((wide - bias).square().mean(dim=dim, keepdim=True).rsqrt() * log_scale.exp())).to(x.dtype)
 
 # %% ../../nbs/zipformer/16_normalisation.ipynb #6ecd32b5
 class _BiasNorm(torch.autograd.Function):
@@ -167,6 +169,6 @@ class BiasNorm(nn.Module):
         dim = self.channel_dim % x.dim()
         bias = self.bias.view(-1, *[1] * (x.dim() - dim - 1))
         if torch.jit.is_tracing() or not torch.is_grad_enabled():
-            return bias_norm(x, bias, self.log_scale, dim=dim).to(x.dtype)
+            return bias_norm(x, bias, self.log_scale, dim=dim)
         log_scale = limit_param_value(self.log_scale, min=self.log_scale_min, max=self.log_scale_max, training=self.training)
         return _BiasNorm.apply(x, bias, log_scale, dim, self.store_output_for_backprop)
