@@ -265,7 +265,7 @@ def transducer_loss(
 
 # %% ../../nbs/alignment/14_transducer.ipynb #1f1fc3fb
 def plot_transducer_lattice(used_symbol: Float[Tensor, "steps tokens"], used_blank: Float[Tensor, "steps rows"], names: Sequence[str], *, frame_seconds: float | None = None, ax=None):
-    """Draw how probable it is to stand at each node, and where symbols are written.
+    """Draw from which nodes the paths go on to the next step, and where symbols are written.
 
     Args:
         used_symbol, used_blank: of one utterance, from `arc_posteriors`, without padding.
