@@ -51,6 +51,7 @@ CLASSES = {
     (1, "Joiner"): "alignment.transducer:Joiner",
     (1, "PoolingModule"): "zipformer.convolution:PoolingModule",
     (1, "SimpleCombiner"): "zipformer.resampling:SimpleCombiner",
+    (1, "SimpleUpsample"): "zipformer.resampling:FirstSimpleUpsample",
     (1, "Whiten"): "zipformer.whitening:FirstWhiten",
     (1, "Decoder"): "alignment.transducer:Decoder",
     (1, "fn:penalize_abs_values_gt"): "zipformer.scaling:penalize_abs_values_gt",
@@ -61,7 +62,6 @@ CLASSES = {
 # Modules of later chapters, by the name in the files (for tables of the first version: by the name of the file).
 NOT_BUILT_YET = {
     "20": {(2, "CompactRelPositionalEncoding"), (2, "RelPositionMultiheadAttentionWeights"), (2, "SelfAttention"), (2, "NonlinAttention")},
-    "22": {(2, "BypassModule"), (2, "SimpleDownsample"), (2, "SimpleUpsample"), (1, "AttentionCombine"), (1, "AttentionDownsample"), (1, "SimpleCombiner"), (1, "SimpleUpsample")},
     "24": {(2, "Zipformer2EncoderLayer"), (2, "Zipformer2Encoder"), (2, "DownsampledZipformer2Encoder"), (2, "Zipformer2"), (2, "Zipformer2.get_feature_masks"),
            (2, "Zipformer2 chunk attention mask"), (2, "Zipformer2 (all ScheduledFloat attributes)")},
     "25": {(1, "RelPositionMultiheadAttention"), (1, "ConvolutionModule"), (1, "FeedforwardModule"), (1, "ZipformerEncoderLayer"), (1, "ZipformerEncoder"),
