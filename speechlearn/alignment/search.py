@@ -25,7 +25,7 @@ def _add(x: float, y: float) -> float:
 class NoModel:
     """A language model without an opinion: every symbol scores 0.
 
-    A model for the search has four methods. `start()` gives its state before the first symbol. `step(state, symbol)` gives the score of one more symbol, and
+    A model for the search has three methods. `start()` gives its state before the first symbol. `step(state, symbol)` gives the score of one more symbol, and
     the new state; minus infinity forbids it. `finish(state)` scores the end of the text. States are small immutable values: the search keeps many of them.
 
     Chapter: alignment/13c_search.
