@@ -256,7 +256,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim):
         """Softmax of x over `dim`."""
-        result = x.softmax(dim=dim)
+        result = x.softmax(dim=dim).to(x.dtype)  # autocast would widen it
         ctx.save_for_backward(result)
         ctx.dim = dim
         return result
@@ -369,6 +369,8 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
             chunk_size: steps of a chunk; below 0, or longer than x: everything is one chunk.
         """
         n, channels, n_steps = x.shape
+        if chunk_size == 0 or n_steps == 0:
+            raise ValueError(f"{n_steps} steps in chunks of {chunk_size}: there must be at least one of both; a negative chunk_size makes everything one chunk")
         if chunk_size < 0 or chunk_size > n_steps:
             chunk_size = n_steps
         left, right = self.kernel_size // 2, -n_steps % chunk_size
@@ -398,4 +400,4 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
         if cache.shape[-1] != left:
             raise ValueError(f"the cache holds {cache.shape[-1]} steps; a kernel of {self.kernel_size} needs {left}")
         joined = torch.cat([cache, x], dim=2)
-        return self.causal_conv(joined) + self.chunkwise_conv(x) * self._edges(x.shape[2]), joined[..., -left:]
+        return self.causal_conv(joined) + self.chunkwise_conv(x) * self._edges(x.shape[2]), joined[..., x.shape[2] :]
