@@ -528,6 +528,15 @@ class TestGreedy:
         assert found.tokens == () and found.spans == () and math.exp(found.log_prob) == pytest.approx(0.36)
         assert math.exp(-ctc_loss(x, ints([1]), ints(2), ints(1), blank=0).item()) == pytest.approx(0.64)
 
+    @pytest.mark.parametrize("never", [(), (1,), (1, 3), (0, 2)])  # the blank stays allowed
+    def test_symbols_that_must_not_be_written(self, never):
+        x = torch.randn(15, 5, 4, generator=generator(16), dtype=torch.float64).log_softmax(dim=-1)
+        before, allowed = x.clone(), [symbol for symbol in range(4) if symbol == 0 or symbol not in never]
+        for row, found in zip(x, ctc_greedy(x, ints(*[5] * 15), blank=0, never=never), strict=True):
+            best = max(itertools.product(allowed, repeat=5), key=lambda path: float(row[range(5), list(path)].sum()))
+            assert found.tokens == text_of(best, 0) and found.log_prob == pytest.approx(float(row[range(5), list(best)].sum()))
+        assert torch.equal(x, before)  # the caller's log-probabilities are left alone
+
     def test_one_path_is_never_more_than_all(self):
         x = torch.randn(20, 12, 4, generator=generator(15), dtype=torch.float64).log_softmax(dim=-1)
         for row, found in zip(x, ctc_greedy(x, ints(*[12] * 20), blank=2)):

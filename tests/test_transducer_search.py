@@ -129,6 +129,28 @@ def test_greedy_in_a_batch_equals_one_loop_for_each(seed, context_size, limit, l
         assert (found[i].tokens, found[i].steps) == (tokens, steps) and found[i].log_prob == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.parametrize("never", [(1,), (1, 3), (0, 2)])  # the blank stays allowed
+def test_greedy_never_writes_what_must_not_be_written(never):
+    """As a joiner for which these symbols are as good as impossible; only the probabilities of the others differ then."""
+    written = set()
+    for seed in range(5):
+        decoder, joiner, sound = network(seed)
+        lengths = tensor([len(row) for row in sound])
+        written |= {token for h in transducer_greedy(sound, lengths, decoder=decoder, joiner=joiner) for token in h.tokens}
+        found = transducer_greedy(sound, lengths, decoder=decoder, joiner=joiner, never=never)
+        for h, x in zip(found, sound):
+            arcs, total = Arcs(decoder, joiner, x), 0.0
+            for t in range(len(x)):
+                total += sum(arcs(h.tokens[:place], t)[h.tokens[place]] for place, step in enumerate(h.steps) if step == t)
+                total += arcs(h.tokens[: sum(step <= t for step in h.steps)], t)[0]
+            assert h.log_prob == pytest.approx(total, abs=1e-4)
+        with torch.no_grad():
+            joiner.output_linear.bias[[symbol for symbol in never if symbol]] = -1e4
+        impossible = transducer_greedy(sound, lengths, decoder=decoder, joiner=joiner)
+        assert [(h.tokens, h.steps) for h in found] == [(h.tokens, h.steps) for h in impossible]
+    assert written & set(never)  # without `never` they are written
+
+
 # ---- beam -----------------------------------------------------------------------------------------------------------
 
 

@@ -287,8 +287,14 @@ def valid_steps(log_probs: Tensor, lengths: Tensor, *, blank: int) -> list[Tenso
     return valid
 
 
-def ctc_greedy(log_probs: Float[Tensor, "batch steps vocab"], lengths: Int[Tensor, "batch"], *, blank: int) -> list[CTCHypothesis]:
+def ctc_greedy(log_probs: Float[Tensor, "batch steps vocab"], lengths: Int[Tensor, "batch"], *, blank: int, never: Sequence[int] = ()) -> list[CTCHypothesis]:
     """Take the likeliest symbol at each step, merge equal neighbours, drop blanks.
+
+    Args:
+        log_probs: of the symbols, after log_softmax.
+        lengths: valid steps of each utterance.
+        blank: its number.
+        never: symbols that must not be written, such as the special ones; the blank is always allowed.
 
     Raises: ValueError: lengths or a blank that do not fit, logits in place of log-probabilities. ArithmeticError: NaN.
 
@@ -296,7 +302,7 @@ def ctc_greedy(log_probs: Float[Tensor, "batch steps vocab"], lengths: Int[Tenso
     """
     found = []
     for x in valid_steps(log_probs, lengths, blank=blank):
-        best = x.max(dim=1)
+        best = x.index_fill(1, torch.tensor([symbol for symbol in never if symbol != blank], dtype=torch.long), -math.inf).max(dim=1)
         runs, step = [], 0
         for symbol, group in itertools.groupby(best.indices.tolist()):
             n = len(list(group))

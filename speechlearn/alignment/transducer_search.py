@@ -36,7 +36,7 @@ class TransducerHypothesis:
 
 @torch.no_grad()
 def transducer_greedy(
-    encoder_out: Float[Tensor, "batch steps encoder_dim"], lengths: Int[Tensor, "batch"], *, decoder: Decoder, joiner: Joiner, max_symbols: int = 3
+    encoder_out: Float[Tensor, "batch steps encoder_dim"], lengths: Int[Tensor, "batch"], *, decoder: Decoder, joiner: Joiner, max_symbols: int = 3, never: tuple[int, ...] = ()
 ) -> list[TransducerHypothesis]:
     """At each step write the likeliest symbol, again and again, until the blank is likeliest.
 
@@ -45,6 +45,7 @@ def transducer_greedy(
         lengths: valid steps.
         decoder, joiner: of the model, in evaluation mode.
         max_symbols: most symbols at one step; then the search goes on as if the blank had been likeliest, and the path's log-probability counts that blank.
+        never: symbols that must not be written; the blank is always allowed.
 
     Raises: ValueError: max_symbols below 1. ArithmeticError: the joiner's output is NaN.
 
@@ -53,6 +54,7 @@ def transducer_greedy(
     if max_symbols < 1:
         raise ValueError(f"max_symbols is {max_symbols}; with less than one symbol at a step nothing is ever written")
     n, blank, device = len(encoder_out), decoder.blank_id, encoder_out.device
+    forbidden = torch.tensor([symbol for symbol in never if symbol != blank], dtype=torch.long, device=device)
     sound = joiner.encoder_proj(encoder_out)
     context = torch.full((n, decoder.context_size), -1, device=device)
     context[:, -1] = blank
@@ -64,7 +66,7 @@ def transducer_greedy(
             log_probs = joiner(sound[:, t], text_vector, project_input=False).log_softmax(dim=-1)
             if log_probs[asking].isnan().any():
                 raise ArithmeticError(f"the joiner gives NaN at step {t}; the model's weights or its input are damaged")
-            best = log_probs.max(dim=-1)
+            best = log_probs.index_fill(1, forbidden, -math.inf).max(dim=-1)
             writes = asking & (best.indices != blank) & (written < max_symbols)
             totals = totals + torch.where(asking, torch.where(writes, best.values, log_probs[:, blank]), 0.0)
             for i in writes.nonzero().flatten().tolist():
@@ -106,7 +108,7 @@ class TransducerSearch:
     Args:
         decoder, joiner: of the model, in evaluation mode.
         beam: texts that are followed.
-        max_symbols: most symbols at one step.
+        max_symbols: most symbols at one step. A pruned loss of R rows has trained for up to R − 1.
         model: a language model for the search, such as `alignment.search.WordFusion`.
         never: symbols that must not be written.
 
