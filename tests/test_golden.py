@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,6 @@ CLASSES = {
 
 # Modules of later chapters, by the name in the files (for tables of the first version: by the name of the file).
 NOT_BUILT_YET = {
-    "20": {(2, "CompactRelPositionalEncoding"), (2, "RelPositionMultiheadAttentionWeights"), (2, "SelfAttention"), (2, "NonlinAttention")},
     "24": {(2, "Zipformer2EncoderLayer"), (2, "Zipformer2Encoder"), (2, "DownsampledZipformer2Encoder"), (2, "Zipformer2"), (2, "Zipformer2.get_feature_masks"),
            (2, "Zipformer2 chunk attention mask"), (2, "Zipformer2 (all ScheduledFloat attributes)")},
     "25": {(1, "RelPositionMultiheadAttention"), (1, "ConvolutionModule"), (1, "FeedforwardModule"), (1, "ZipformerEncoderLayer"), (1, "ZipformerEncoder"),
@@ -426,6 +426,14 @@ def run_conv2d_streaming(case):
             assert lens.tolist() == g[f"chunk.{j}.lens"].tolist()
 
 
+def run_compact_positions(case):
+    """The table, and what some frames need of it; how many these are stands in the notes."""
+    n_frames, left = (int(re.search(pattern, case.meta["notes"])[1]) for pattern in (r"input has (\d+) frames", r"left_context_len=(\d+)"))
+    module = build(case)
+    case.compare("the table", module.pe, case.tensors["full_table"], OUTPUT, "output")
+    case.compare("the rows", module(torch.zeros(n_frames, 1, 1), left_context_len=left), case.tensors["output"], OUTPUT, "output")
+
+
 def run_pruned_transducer(case):
     from torch import nn
 
@@ -526,6 +534,7 @@ SPECIAL = {
     (2, "Conv2dSubsampling (all ScheduledFloat attributes)"): run_conv2d_schedules,
     (2, "Conv2dSubsampling.streaming_forward"): run_conv2d_streaming,
     (2, "AsrModel.forward_transducer"): run_pruned_transducer,
+    (2, "CompactRelPositionalEncoding"): run_compact_positions,
     (2, "ScaledAdam"): run_scaled_adam,
     (2, "ScaledAdam + Eden"): run_scaled_adam,
     (2, "Eden, Eden2"): run_eden,
