@@ -335,6 +335,27 @@ def test_padding_and_batch_mates_change_nothing():
         assert torch.equal(a, b)
 
 
+def test_with_am_scale_the_simple_loss_averages_over_padding_and_batch_mates_as_documented():
+    parts, sound = model(), noise(0, 3, 18, 10)
+    targets, lengths, target_lengths = CASE
+    t, u = int(lengths[1]), int(target_lengths[1])
+    assert t < sound.shape[1] and u < targets.shape[1]  # so that cutting the padding off changes something
+    for am_scale, depends in ((0.0, False), (0.2, True)):
+        together = pruned_transducer_losses(sound, *CASE, **parts, blank=0, n_rows=4, am_scale=am_scale)[0][1]
+        alone = pruned_transducer_losses(sound[1:2, :t], targets[1:2, :u], lengths[1:2], target_lengths[1:2], **parts, blank=0, n_rows=4, am_scale=am_scale)[0][0]
+        padded = pruned_transducer_losses(sound[1:2], targets[1:2], lengths[1:2], target_lengths[1:2], **parts, blank=0, n_rows=4, am_scale=am_scale)[0][0]
+        assert (abs(together.item() - alone.item()) > 1e-4) == depends, am_scale  # batch mates
+        assert (abs(padded.item() - alone.item()) > 1e-4) == depends, am_scale  # padding
+
+
+def test_rows_are_raised_for_the_whole_batch():
+    sizes = [(9, 4), (2, 8)]  # eight symbols in two steps need five rows
+    used_symbol, used_blank, lengths, target_lengths = posteriors(3, sizes)
+    assert pruning_band(used_symbol, used_blank, lengths, target_lengths, n_rows=3).shape[2] == 5
+    easy = posteriors(3, [(9, 4), (9, 8)])
+    assert pruning_band(*easy, n_rows=3).shape[2] == 3
+
+
 def test_sixteen_bit_training_stays_close():
     """Under autocast only the linear layers are coarse: both losses, and the gradient as a whole, stay within two per cent."""
     sound = 3 * noise(0, 3, 18, 10, dtype=torch.float32)

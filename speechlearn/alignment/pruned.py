@@ -23,7 +23,8 @@ def simple_arcs(
         lm: scores from the predictor, for each number of written symbols.
         targets: symbols, padded with valid numbers.
         blank: its number.
-        lm_scale, am_scale: parts that come from one side alone; together at most 1.
+        lm_scale, am_scale: parts that come from one side alone; together at most 1. With `am_scale` above 0 the stand-in for `lm` is its average over all rows of the batch, those of
+            padding and of other utterances included, as in the reference: an utterance's arcs then depend on its batch mates.
 
     Returns: symbol arcs and blank arcs, for `lattice_log_prob`. Needs memory for `steps × rows`, not times the vocabulary.
 
@@ -70,7 +71,8 @@ def pruning_band(
     Args:
         used_symbol, used_blank: posteriors of the arcs, from `arc_posteriors`.
         lengths, target_lengths: valid steps and symbols.
-        n_rows: R, rows to keep at each step. It is raised where so few could not connect beginning and end, and lowered to all rows there are.
+        n_rows: R, rows to keep at each step. It is raised where so few could not connect beginning and end, and lowered to all rows there are. One R holds for the whole batch: an
+            utterance whose text is long for its sound raises it for all.
 
     Returns: numbers of the kept rows: consecutive at each step, never falling over the steps, beginning with 0.
 
@@ -183,8 +185,8 @@ def pruned_transducer_losses(
         decoder, joiner: of chapter 14.
         simple_am_proj, simple_lm_proj: linear layers to the vocabulary, for the additive joiner.
         blank: its number.
-        n_rows: R.
-        lm_scale, am_scale: as in `simple_arcs`.
+        n_rows: R; raised for the whole batch if one utterance needs it, as in `pruning_band`.
+        lm_scale, am_scale: as in `simple_arcs`; with `am_scale` above 0 the losses of an utterance depend on padding and batch mates.
         fast_emit: as in `transducer_loss`, for both.
 
     Chapter: alignment/14b_pruned.
