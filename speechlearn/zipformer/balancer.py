@@ -161,10 +161,10 @@ def correction_line(
     a = torch.sign(ratio - ratio.clamp(min=min_mean, max=max_mean))
     b = torch.sign(torch.log(size) - torch.log(size.clamp(min=min_rms, max=max_rms)))
     # Where a variance or a size is below 1e-20, its clamp has no slope.
-    through_size = torch.where(square > 1e-20, b / size.square(), 0.0)
-    slope = through_size - torch.where(variance > 1e-20, a * mean / spread.pow(3), 0.0)
+    through_size = torch.where(square > 1e-20, b / square, 0.0)
+    slope = through_size - torch.where(variance > 1e-20, a * ratio / variance, 0.0)
     centre = a / spread + through_size * mean
-    rms = (slope.square() * variance.clamp(min=0) + centre.square()).sqrt()
+    rms = torch.hypot(slope * variance.clamp(min=0).sqrt(), centre)  # the square of a slope would vanish where x is huge
     scale = grad_scale / rms.clamp(min=1e-20)
     slope, offset = slope * scale, (centre - slope * mean) * scale
     ok = slope.isfinite() & offset.isfinite()  # huge inputs overflow: then nothing is added, instead of NaN
