@@ -33,8 +33,9 @@ SLOPE_AT_LEFT = -0.08
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    y = torch.logaddexp(wide.new_zeros(()), wide - shift) + SLOPE_AT_LEFT * wide - offset
-    return y.to(x.dtype)
+    # log(e^−c + e^(x − shift − c)) = log(1 + e^(x − shift)) − c: so the offset c needs no pass over the numbers of its own.
+    y = torch.logaddexp(wide.new_full((), -offset), wide - (shift + offset))
+    return y.add_(wide, alpha=SLOPE_AT_LEFT).to(x.dtype)
 
 
 def swoosh_l(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -64,12 +65,13 @@ def quantised(values: Float[Tensor, "*shape"], floor: float, ceil: float, noise:
     Source: the memory-light activations of icefall's Zipformer. Chapter: zipformer/15_activations.
     """
     # Truncation goes towards zero, so that a value a rounding error below the floor becomes level 0, and not 255.
-    return ((values - floor) * (255.0 / (ceil - floor)) + noise).to(torch.uint8)
+    per_level = 255.0 / (ceil - floor)
+    return torch.add(noise, values, alpha=per_level).sub_(floor * per_level).to(torch.uint8)
 
 
 def restored(codes: UInt8[Tensor, "*shape"], floor: float, ceil: float, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """The numbers that the levels stand for. Chapter: zipformer/15_activations."""
-    return codes.to(dtype) * ((ceil - floor) / 255.0) + floor
+    return codes.to(dtype).mul_((ceil - floor) / 255.0).add_(floor)  # in place: only the result is as large as the input
 
 # %% ../../nbs/zipformer/15_activations.ipynb #aa42aa65
 class _LightActivation(torch.autograd.Function):
@@ -87,17 +89,17 @@ class _LightActivation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (codes,) = ctx.saved_tensors
-        return grad * restored(codes, *ctx.range, dtype=grad.dtype), None, None, None, None
+        return restored(codes, *ctx.range, dtype=grad.dtype).mul_(grad), None, None, None, None
 
 
 def swoosh_l_slope(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Derivative of `swoosh_l`. Chapter: zipformer/15_activations."""
-    return torch.sigmoid(x - 4.0) + SLOPE_AT_LEFT
+    return (x - 4.0).sigmoid_() + SLOPE_AT_LEFT
 
 
 def swoosh_r_slope(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Derivative of `swoosh_r`. Chapter: zipformer/15_activations."""
-    return torch.sigmoid(x - 1.0) + SLOPE_AT_LEFT
+    return (x - 1.0).sigmoid_() + SLOPE_AT_LEFT
 
 
 def double_swish_slope(x: Tensor, y: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ __all__ = ['whitening_metric', 'whitening_gradient', 'Whiten', 'FirstWhiten']
 
 # %% ../../nbs/zipformer/19_whitening.ipynb #fe569f8d
 import random
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -48,11 +49,22 @@ def whitening_gradient(x: Float[Tensor, "*frames channels"], num_groups: int = 1
 
     Chapter: zipformer/19_whitening.
     """
-    shape, channels = x.shape, x.shape[-1]
+    metric, gradient = _metric_and_gradient(x, num_groups)
+    return metric, gradient()
+
+
+def _metric_and_gradient(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The metric, and a function that computes its gradient: mostly the metric turns out to be small, and nobody needs more."""
+    channels = x.shape[-1]
     centred, sums, square, mean = _sums(x.reshape(-1, channels).to(torch.promote_types(x.dtype, torch.float32)), num_groups)
     below = mean * mean + 1e-20
-    gradient = torch.baddbmm(centred, centred, sums, beta=-float(square * mean / below)) * (4.0 / (channels * below))
-    return square / below, gradient.transpose(0, 1).reshape(shape)
+
+    def gradient():
+        scale = 4.0 / (channels * below)
+        product = torch.baddbmm(centred, centred, sums * scale, beta=-float(square * mean / below * scale))
+        return product.transpose(0, 1).reshape(x.shape)
+
+    return square / below, gradient
 
 
 def _nudged(grad: Tensor, hint: Tensor, grad_scale: float) -> Tensor:
@@ -74,11 +86,12 @@ class _WhitenFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         module = ctx.module
         with torch.no_grad():
-            metric, hint = whitening_gradient(x, module.num_groups)
+            metric, gradient = _metric_and_gradient(x, module.num_groups)
             if metric < ctx.limit:
                 module.prob = module.min_prob
                 return grad, None, None
             module.prob = module.max_prob
+            hint = gradient()
             if not (metric.isfinite() and hint.isfinite().all()):
                 return grad, None, None  # huge inputs: no hint rather than NaN
             return _nudged(grad, hint, float(module.grad_scale)), None, None
@@ -129,8 +142,8 @@ class _FirstWhitenFunction(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         num_groups, limit, grad_scale = ctx.settings
-        metric, hint = whitening_gradient(x.detach(), num_groups)
-        if not metric > limit or not hint.isfinite().all():
+        metric, gradient = _metric_and_gradient(x.detach(), num_groups)
+        if not metric > limit or not (hint := gradient()).isfinite().all():
             return grad, None, None, None
         return _nudged(grad, hint, grad_scale), None, None, None
 
