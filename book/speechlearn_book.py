@@ -290,10 +290,13 @@ class index_marker(nodes.General, nodes.Element):
 
 
 class _Marker(SphinxDirective):
+    """An index of the whole book, or of the chapters in one folder of `nbs`."""
+
     kind = ""
+    optional_arguments = 1
 
     def run(self):
-        return [index_marker(kind=self.kind)]
+        return [index_marker(kind=self.kind, folder=self.arguments[0] if self.arguments else "")]
 
 
 def _marker(kind_name):
@@ -331,9 +334,9 @@ def _table(headings, rows, widths):
     return table
 
 
-def _index_nodes(app, kind, here):
+def _index_nodes(app, kind, here, folder=""):
     boxes = getattr(app.env, "speechlearn_boxes", {})
-    in_order = [name for name, _ in chapters_in_toc()]
+    in_order = [name for name, _ in chapters_in_toc() if name.startswith(f"nbs/{folder}")]
     titles = {name: data["title"] for name, data in chapters_in_toc()}
     if kind == "misconceptions":
         rows = []
@@ -375,7 +378,7 @@ def _index_nodes(app, kind, here):
 
 def fill_indexes(app, doctree, docname):
     for marker in list(doctree.findall(index_marker)):
-        marker.replace_self(_index_nodes(app, marker["kind"], docname))
+        marker.replace_self(_index_nodes(app, marker["kind"], docname, marker["folder"]))
 
 
 def _forget_boxes(app, env, docname):
@@ -388,7 +391,7 @@ def _merge_boxes(app, env, docnames, other):
 
 def _indexes_follow_chapters(app, env):
     # The index pages show what other pages hold, so they are written again at every build.
-    return [name for name in ("nbs/back/misconceptions", "nbs/back/questions", "nbs/back/times", "nbs/back/api") if name in env.all_docs]
+    return [name for name in ("nbs/back/misconceptions", "nbs/back/questions", "nbs/back/times", "nbs/back/api", "nbs/zipformer/23b_measured") if name in env.all_docs]
 
 
 # ---- docstrings on the API page -------------------------------------------------------------------------

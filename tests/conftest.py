@@ -14,9 +14,10 @@ FLAGS = [
 
 def pytest_addoption(parser):
     parser.addoption("--golden-dir", action="append", default=[], help="folder of golden files for tests/test_golden.py; may be given several times")
+    parser.addoption("--golden-json", help="write the worst differences of each component into this file")
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     """Worst errors against the reference, when its files were compared."""
     import sys
 
@@ -28,6 +29,24 @@ def pytest_terminal_summary(terminalreporter):
     for name, row in sorted(runner.Worst.rows.items()):
         figures = ["-" if row[kind] is None else f"{row[kind]:.1e}" for kind in ("output", "grad input", "grad params")]
         terminalreporter.write_line("{:60} {:>9} {:>11} {:>12}".format(name[:60], *figures))
+
+
+    if config.getoption("--golden-json"):
+        write_golden_table(Path(config.getoption("--golden-json")), runner.Worst.rows)
+
+
+def write_golden_table(path, rows):
+    import json
+    import platform
+
+    import torch
+
+    table = {
+        "command": f"pytest tests/test_golden.py --golden-json {path.as_posix()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)"},
+        "rows": rows,
+    }
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

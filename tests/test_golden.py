@@ -615,3 +615,14 @@ def test_runner_notices_unknown_modules_wrong_keys_and_shapes(tmp_path, own_rows
         run(copy_of(tmp_path, "bias_norm_0_train_quiet_pos", lambda tensors, meta: tensors.pop("params.bias")))
     with pytest.raises(AssertionError, match="has shape"):
         run(copy_of(tmp_path, "bias_norm_0_train_quiet_pos", lambda tensors, meta: tensors.update(output=tensors["output"][:1].clone())))
+
+
+def test_the_table_of_the_book_is_of_these_files():
+    """The stored table names what is built, and nothing in it is above its bound."""
+    folder = Path(__file__).parent
+    stored = json.loads((folder.parent / "benchmarks" / "results" / "golden.json").read_text(encoding="utf-8"))["rows"]
+    cases = [Case(path) for name in ("zipformer", "zipformer_v1") for path in (folder / "golden" / name).glob("*.safetensors")]
+    assert set(stored) == {f"{case.name}{' (2022)' if case.version == 1 else ''}" for case in cases if not case.chapter()}
+    for name, row in stored.items():
+        for kind, value in row.items():
+            assert value is None or value <= (PARAMETER if kind == "grad params" else OUTPUT), f"{name}, {kind}"
