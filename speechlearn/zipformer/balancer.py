@@ -133,8 +133,8 @@ class _BalancerFunction(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         slope, offset = correction_line(x, *ctx.settings)
-        line = torch.addcmul(offset, slope, x.to(slope.dtype))
-        return torch.addcmul(grad, grad.abs(), line.to(grad.dtype)), None, None, None, None, None, None
+        line = torch.addcmul(offset, slope, x.to(slope.dtype)).to(grad.dtype)
+        return line.mul_(grad.abs()).add_(grad), None, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -154,7 +154,8 @@ def correction_line(
     """
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     others = _per_channel(x, channel_dim)
-    variance, mean = torch.var_mean(x, dim=others, correction=0, keepdim=True)  # mean(x²) − mean² would lose digits where the mean is large
+    mean = x.mean(dim=others, keepdim=True)
+    variance = (x - mean).square_().mean(dim=others, keepdim=True)  # mean(x²) − mean² would lose digits where the mean is large
     square = variance + mean * mean
     spread, size = variance.clamp(min=1e-20).sqrt(), square.clamp(min=1e-20).sqrt()
     ratio = mean / spread

@@ -68,9 +68,9 @@ def _metric_and_gradient(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[
 
 
 def _nudged(grad: Tensor, hint: Tensor, grad_scale: float) -> Tensor:
-    """The gradient, and a part of the size `grad_scale` in the direction of the hint."""
+    """The gradient, and a part of the size `grad_scale` in the direction of the hint, which is written over."""
     wide = grad.to(hint.dtype)
-    return (wide + hint * (grad_scale * (wide.norm() / (hint.norm() + 1e-20)))).to(grad.dtype)
+    return hint.mul_(grad_scale * (wide.norm() / (hint.norm() + 1e-20))).add_(wide).to(grad.dtype)
 
 # %% ../../nbs/zipformer/19_whitening.ipynb #112ffb4a
 class _WhitenFunction(torch.autograd.Function):
