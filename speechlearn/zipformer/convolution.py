@@ -255,18 +255,19 @@ class Conv2dSubsampling(nn.Module):
             x: features.
             x_lens: valid frames, at least 9.
         """
-        lengths = subsampled_lengths(x_lens)
+        lengths, n_steps = subsampled_lengths(x_lens), max(0, (x.shape[1] - 7) // 2)
+        if int(lengths.max()) != n_steps:
+            raise ValueError(f"x has {x.shape[1]} frames, which leave {n_steps} steps, but x_lens ({x_lens.tolist()}) asks for {int(lengths.max())}; its longest must be the width of x")
         x = self.convnext(self.conv(x[:, None]))
         x = self.out(x.transpose(1, 2).flatten(2))  # channels and bands of each step, channel by channel
-        x = self.dropout(self.out_norm(self.out_whiten(x)))
-        if int(lengths.max()) != x.shape[1]:
-            raise ValueError(f"the longest utterance should leave {int(lengths.max())} steps, but there are {x.shape[1]}; x_lens must hold the width of x, {x_lens.tolist()}")
-        return x, lengths
+        return self.dropout(self.out_norm(self.out_whiten(x))), lengths
 
     def streaming_forward(
         self, x: Float[Tensor, "batch frames bins"], x_lens: Int[Tensor, "batch"], cached_left_pad: Float[Tensor, "batch channels left bands"]
     ) -> tuple[Float[Tensor, "batch steps out_channels"], Int[Tensor, "batch"], Float[Tensor, "batch channels left bands"]]:
         """One chunk of features, 13 frames longer than twice the steps that come out, and the state before it."""
+        if x.shape[1] < 15:
+            raise ValueError(f"a chunk of {x.shape[1]} frames leaves no step; one step needs 15, each further one 2 more")
         x, cached_left_pad = self.convnext.streaming_forward(self.conv(x[:, None]), cached_left_pad=cached_left_pad)
         x = self.out_norm(self.out(x.transpose(1, 2).flatten(2)))
         return x, (x_lens - 7) // 2 - 3, cached_left_pad
