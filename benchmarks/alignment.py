@@ -1,6 +1,6 @@
 """CTC and transducer on the same encoder: error rates, training time, memory, and how late words come.
 
-    python benchmarks/alignment.py RUN [RUN ...] [--runs FOLDER] [--threads N]
+    python benchmarks/alignment.py RUN [RUN ...] [--runs FOLDER] [--threads N] [--max-symbols N [N ...]]
 
 `ctc`                      the encoder with a CTC head
 `transducer`               the same encoder with a transducer, from the start
@@ -10,6 +10,7 @@
 
 All train for 1,100 steps on 5,000 synthetic commands, letters. A finished run in FOLDER is only measured. The delay of a word is the end of the step at which
 its last letter is written, minus the true end of the word, over texts that are recognised without error.
+With --max-symbols the error rates of RUN are measured only for these limits of symbols at one step, and nothing else is stored.
 """
 import argparse
 import json
@@ -91,11 +92,27 @@ def measure(recogniser):
     return record
 
 
+def limits(recogniser, most, beams=(1, 4)):
+    """Error rates of a transducer's search with different limits of symbols at one step."""
+    rows = []
+    for beam in beams:
+        for n in most:
+            result = evaluate(reading(recogniser, way="transducer", beam=beam, max_symbols=n), make_corpus("commands", "test")).summary()
+            rows.append({"max_symbols": n, "beam": beam, "wer": result["wer"], "cer": result["cer"], "real_time_factor": round(result["seconds_compute"] / result["seconds_audio"], 5)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def versions(threads):
+    return {"python": platform.python_version(), "torch": torch.__version__, "speechlearn": speechlearn.__version__, "machine": f"{platform.machine()}, {threads} thread of {os.cpu_count()} cores"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=list(RUNS), metavar="RUN")
     parser.add_argument("--runs", default="runs", help="folder for checkpoints")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-symbols", type=int, nargs="+", default=[], metavar="N")
     args = parser.parse_args()
     for name in args.names:
         settings = {**COMMON, **RUNS[name]}
@@ -104,6 +121,12 @@ def main() -> None:
         recipe = Recipe(**settings, threads=args.threads)
         folder, start = Path(args.runs) / name, time.process_time()
         recogniser = run_training(recipe, folder, resume=True, show="none")
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        if args.max_symbols:
+            command = f"python benchmarks/alignment.py {name} --threads {args.threads} --max-symbols {' '.join(map(str, args.max_symbols))}"
+            record = {"run": name, "rows": limits(recogniser, args.max_symbols), "command": command, "versions": versions(args.threads)}
+            RESULTS.write_text(json.dumps(results | {"max-symbols": record}, indent=1, sort_keys=True) + "\n")
+            continue
         cpu_minutes = (time.process_time() - start) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         metadata = json.loads((folder / "recogniser" / "checkpoint.json").read_text())["metadata"]
@@ -117,9 +140,8 @@ def main() -> None:
             "curve": [[line["step"], round(line["valid_loss"], 4)] for line in lines if "valid_loss" in line],
             "tests": measure(recogniser),
             "command": f"python benchmarks/alignment.py {name} --threads {args.threads}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "speechlearn": speechlearn.__version__, "machine": f"{platform.machine()}, {args.threads} thread of {os.cpu_count()} cores"},
+            "versions": versions(args.threads),
         }
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps(results | {name: record}, indent=1, sort_keys=True) + "\n")
         print(name, "stored", flush=True)
 

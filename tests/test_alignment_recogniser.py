@@ -1,4 +1,5 @@
 """The recogniser of part 4: settings, parts of its loss, what it learns by heart, checkpoints, stops, and the command line."""
+import copy
 import dataclasses
 import json
 import shutil
@@ -6,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import speechlearn.alignment.recogniser
 import speechlearn.training
 from speechlearn.alignment.ctc import ctc_loss
 from speechlearn.alignment.pruned import pruned_transducer_losses
@@ -129,8 +131,19 @@ def test_what_ctc_cannot_align_is_left_out_and_counted():
     assert found["pruned"].isfinite() and found["simple"].isfinite()
     found["loss"].backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    nothing = tiny("ctc").loss(batch_of(["ab cab", "abcabc"], (16, 12)))
-    assert nothing["loss"].item() == 0 and nothing["too_short"].item() == 1
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_batch_that_ctc_cannot_align_at_all_is_refused(head):
+    """As by the first recogniser: a loss of 0 would look like a perfect one. A transducer alone has nothing to refuse."""
+    model, batch = tiny(head), batch_of(["ab cab", "abcabc"], (16, 12))
+    if head == "transducer":
+        assert model.loss(batch)["loss"].isfinite()
+        return
+    with pytest.raises(ValueError, match=r"no utterance of the batch \(u0, u1, …\) has as many steps of 40 ms as CTC needs for its text; use larger symbols, slower speech"):
+        model.loss(batch)
+    if head == "both":
+        assert int(model.trained_steps) == 0
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -197,6 +210,15 @@ def test_special_symbols_are_never_found():
             assert all(set(word) <= set("abc") for word, _, _ in words), way
 
 
+def test_on_the_best_path_of_ctc_special_symbols_hide_no_letters(learned):
+    """A model that has come to like special symbols best is read as before: the best of the others is still the same."""
+    model, batch = copy.deepcopy(learned[0]), learned[1]
+    with torch.no_grad():
+        model.ctc_output.bias[1 : len(VOCABULARY) - len(VOCABULARY.symbols)] += 20
+    found = model.recognise(batch.features, batch.feature_lengths, VOCABULARY, beam=1, way="ctc")
+    assert [" ".join(word for word, _, _ in words) for words in found] == TEXTS
+
+
 @pytest.mark.parametrize("way", ["ctc", "transducer"])
 def test_an_utterance_is_read_alone_as_in_a_batch(way):
     """By a model that writes at nearly every step, also at those of the padding if it were asked there."""
@@ -212,6 +234,21 @@ def test_an_utterance_is_read_alone_as_in_a_batch(way):
     for i, n in enumerate(batch.feature_lengths.tolist()):
         assert model.recognise(batch.features[i : i + 1, :n], tensor([n]), VOCABULARY, way=way) == [together[i]]
     assert together[0] and together[1]
+
+
+def test_the_limit_of_symbols_at_one_step_reaches_the_search(learned, monkeypatch):
+    """Three, unless one asks for another limit: the stored error rates were measured so."""
+    model, batch = learned
+    searches, made = [], speechlearn.alignment.recogniser.TransducerSearch
+
+    def remember(*args, **options):
+        searches.append(made(*args, **options))
+        return searches[-1]
+
+    monkeypatch.setattr(speechlearn.alignment.recogniser, "TransducerSearch", remember)
+    for options in ({}, {"max_symbols": 1}, {"max_symbols": 4}):
+        model.recognise(batch.features, batch.feature_lengths, VOCABULARY, way="transducer", **options)
+    assert [search.max_symbols for search in searches] == [3, 1, 4]
 
 
 def test_wrong_ways():

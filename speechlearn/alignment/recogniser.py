@@ -105,14 +105,21 @@ class AlignmentRecogniser(nn.Module):
         """Loss of a `speechlearn.data.batches.Batch`: per utterance divided by its symbols, then averaged.
 
         Returns: "loss"; its parts "ctc", "simple" and "pruned" where they exist; with a CTC head "too_short", the fraction that CTC leaves out.
+
+        Raises: ValueError: there is a CTC head, and it can align no utterance of the batch.
         """
         c = self.config
         encoder_out, steps = self(batch.features, batch.feature_lengths)
         parts, total = {}, 0.0
         if self.ctc_output is not None:
             short = unalignable(steps, batch.targets, batch.target_lengths)
+            if short.all():
+                raise ValueError(
+                    f"no utterance of the batch ({', '.join(batch.ids[:3])}, …) has as many steps of {1000 * self.frame_seconds:.0f} ms as CTC needs for its text; "
+                    "use larger symbols, slower speech, or a transducer without a CTC head"
+                )
             losses = ctc_loss(self.ctc_log_probs(encoder_out), batch.targets, steps, batch.target_lengths, blank=c.blank, impossible="zero")
-            parts["ctc"] = (losses / batch.target_lengths).sum() / max(1, int((~short).sum()))
+            parts["ctc"] = (losses / batch.target_lengths).sum() / int((~short).sum())
             parts["too_short"] = short.float().mean()
             total = parts["ctc"] * (c.ctc_weight if c.head == "both" else 1.0)
         if self.decoder is not None:
@@ -129,7 +136,7 @@ class AlignmentRecogniser(nn.Module):
         return {"loss": total, **{name: value.detach() for name, value in parts.items()}}
 
     @torch.no_grad()
-    def recognise(self, features, feature_lengths, vocabulary, *, beam: int = 4, way: str | None = None) -> list[list[tuple[str, int, int]]]:
+    def recognise(self, features, feature_lengths, vocabulary, *, beam: int = 4, way: str | None = None, max_symbols: int = 3) -> list[list[tuple[str, int, int]]]:
         """For each utterance its words, each with its first and last step (of `frame_seconds`).
 
         Args:
@@ -137,6 +144,7 @@ class AlignmentRecogniser(nn.Module):
             vocabulary: of the training.
             beam: texts that the search follows; with CTC, 1 takes the best path.
             way: "ctc" or "transducer", for a model with both; the transducer when None.
+            max_symbols: most symbols that the transducer writes at one step; its pruned loss has trained for up to `n_rows - 1`.
         """
         encoder_out, steps = self(features, feature_lengths)
         way = way or ("ctc" if self.decoder is None else "transducer")
@@ -144,12 +152,12 @@ class AlignmentRecogniser(nn.Module):
         if way == "ctc":
             log_probs = self.ctc_log_probs(encoder_out)
             if beam == 1:
-                return [words_of([(token, *span) for token, span in zip(h.tokens, h.spans)], vocabulary) for h in ctc_greedy(log_probs, steps, blank=self.config.blank)]
+                return [words_of([(token, *span) for token, span in zip(h.tokens, h.spans)], vocabulary) for h in ctc_greedy(log_probs, steps, blank=self.config.blank, never=never)]
             found = prefix_beam_search(log_probs, steps, blank=self.config.blank, beam=beam, never=never, threshold=-10.0)
             return [self._timed(log_probs[i : i + 1, :n], hypotheses[0].tokens, vocabulary) for i, (hypotheses, n) in enumerate(zip(found, steps.tolist()))]
         if way != "transducer" or self.decoder is None:
             raise ValueError(f"way is {way!r}, but the head of this model is {self.config.head!r}")
-        search = TransducerSearch(self.decoder, self.joiner, beam=beam, never=never)
+        search = TransducerSearch(self.decoder, self.joiner, beam=beam, max_symbols=max_symbols, never=never)
         results = []
         for x, n in zip(encoder_out, steps.tolist()):
             best = search.results(search.feed(x[:n], search.start()))[0]
