@@ -173,6 +173,15 @@ class TestBalancer:
         torch.testing.assert_close(got, expected_gradient(x, g, limits, 0.04, -1), rtol=1e-5, atol=1e-9)
         assert (got - g).abs().max() <= 0.0401 * g.abs().max()
 
+    @pytest.mark.parametrize("scale, pushed", [(3e-11, False), (3e-10, True)])
+    def test_tiny_channels(self, scale, pushed):
+        """Below 1e-10 the size counts as 1e-10, so that nothing is to be gained."""
+        x, g = scale * randn(20, 2), randn(20, 2, seed=1)
+        limits = mean_over_stddev_of_share(0.05), mean_over_stddev_of_share(0.95), rms_of_mean_abs(0.2), rms_of_mean_abs(100.0)
+        got = gradient(Balancer(2, -1, prob=1.0), x, g)
+        torch.testing.assert_close(got, expected_gradient(x, g, limits, 0.04, -1))
+        assert torch.equal(got, g) != pushed
+
     @pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e15), (torch.float16, 6e4), (torch.float16, 1e-7), (torch.bfloat16, 1e38), (torch.float64, 1e200)])
     @pytest.mark.parametrize("mean", [0.0, 5.0])
     def test_extreme_inputs(self, dtype, scale, mean):

@@ -268,14 +268,14 @@ class TestWhiten:
         assert module.prob == 0.25
 
     def test_at_the_limit_it_acts(self):
-        """Frames (2, 2), (−2, −2), (0, 0): exactly 2."""
-        x, g = torch.tensor([[2.0, 2.0], [-2.0, -2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, -1.0]])
-        module = Whiten(1, 2.0, (0.1, 0.2), 0.5)
+        """Channels without covariance and with sums of squares 12 and 4: exactly 1.25, in 32 bits, too."""
+        x, g = torch.tensor([[2.0, 0], [-2, 0], [1, 1], [-1, 1], [1, -1], [-1, -1]]), randn(6, 2, dtype=torch.float32)
+        assert whitening_metric(x).item() == 1.25
+        module = Whiten(1, 1.25, (0.1, 0.2), 0.5)
         module.prob = 1.0
-        gradient(module, x, g)
-        assert module.prob == 0.2
-        module = FirstWhiten(1, 2.0, 1.0, 0.5)
-        assert torch.equal(gradient(module, x, g), g)  # the first version acts above its limit only
+        assert not torch.equal(gradient(module, x, g), g) and module.prob == 0.2
+        assert torch.equal(gradient(FirstWhiten(1, 1.25, 1.0, 0.5), x, g), g)  # the first version acts above its limit only
+        assert not torch.equal(gradient(FirstWhiten(1, 1.2499, 1.0, 0.5), x, g), g)
 
     def test_schedules(self):
         x, g = with_eigenvalues((3, 1)), randn(5, 2, seed=9)
