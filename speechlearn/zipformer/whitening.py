@@ -69,8 +69,11 @@ def _metric_and_gradient(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[
 
 def _nudged(grad: Tensor, hint: Tensor, grad_scale: float) -> Tensor:
     """The gradient, and a part of the size `grad_scale` in the direction of the hint, which is written over."""
+    size = hint.norm()
+    if not size.isfinite():  # huge inputs: no hint rather than NaN
+        return grad
     wide = grad.to(hint.dtype)
-    return hint.mul_(grad_scale * (wide.norm() / (hint.norm() + 1e-20))).add_(wide).to(grad.dtype)
+    return hint.mul_(grad_scale * (wide.norm() / (size + 1e-20))).add_(wide).to(grad.dtype)
 
 # %% ../../nbs/zipformer/19_whitening.ipynb #112ffb4a
 class _WhitenFunction(torch.autograd.Function):
@@ -91,10 +94,7 @@ class _WhitenFunction(torch.autograd.Function):
                 module.prob = module.min_prob
                 return grad, None, None
             module.prob = module.max_prob
-            hint = gradient()
-            if not (metric.isfinite() and hint.isfinite().all()):
-                return grad, None, None  # huge inputs: no hint rather than NaN
-            return _nudged(grad, hint, float(module.grad_scale)), None, None
+            return _nudged(grad, gradient(), float(module.grad_scale)), None, None
 
 
 class Whiten(nn.Module):
@@ -143,9 +143,7 @@ class _FirstWhitenFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         num_groups, limit, grad_scale = ctx.settings
         metric, gradient = _metric_and_gradient(x.detach(), num_groups)
-        if not metric > limit or not (hint := gradient()).isfinite().all():
-            return grad, None, None, None
-        return _nudged(grad, hint, grad_scale), None, None, None
+        return _nudged(grad, gradient(), grad_scale) if metric > limit else grad, None, None, None
 
 
 class FirstWhiten(nn.Module):
