@@ -469,6 +469,12 @@ def plain_convnext(module, x):
     return x + torch.einsum("ch,bhtf->bctf", module.pointwise_conv2.weight[:, :, 0, 0], y) + module.pointwise_conv2.bias[:, None, None]
 
 
+def metric_of_channels(y):
+    """The whitening metric, with the channels on axis 1."""
+    values = torch.linalg.eigvalsh(torch.cov(y.transpose(0, 1).flatten(1)))
+    return values.square().mean() / values.mean().square()
+
+
 class TestConvNeXt:
     @pytest.mark.parametrize("kernel_size", [(7, 7), (3, 5), (1, 3), (5, 1)])
     def test_plain_composition(self, kernel_size):
@@ -501,6 +507,20 @@ class TestConvNeXt:
             before = torch.get_rng_state()
             torch.testing.assert_close(module.eval()(x), plain_convnext(module, x))
             assert torch.equal(torch.get_rng_state(), before)
+
+    def test_whitening_is_over_the_channels(self, monkeypatch):
+        """As many channels as frames and bands, so that only the axis decides."""
+        module, x, g = loud(ConvNeXt(4, kernel_size=(3, 3), layerdrop_rate=0.0)), randn(2, 4, 4, 4), randn(2, 4, 4, 4, seed=1)
+        del module.out_balancer.prob, module.hidden_balancer.prob  # schedules are modules, and torch does not let a number take their place
+        module.hidden_balancer.prob = module.out_balancer.prob = 0.0
+        module.out_whiten.whitening_limit = 1.0
+        module.activation.eval()
+        draws(monkeypatch, 0.0)
+        x = x.requires_grad_()
+        y = plain_convnext(module, x)
+        (hint,) = torch.autograd.grad(metric_of_channels(y), y, retain_graph=True)
+        nudged = g + hint * (0.01 * g.norm() / hint.norm())
+        torch.testing.assert_close(torch.autograd.grad(module(x), x, g)[0], torch.autograd.grad(y, x, nudged)[0])
 
     @pytest.mark.parametrize("kernel_size", [(7, 7), (3, 5), (1, 3)])
     @pytest.mark.parametrize("step", [1, 2, 5])
