@@ -79,7 +79,7 @@ class SimpleUpsample(nn.Module):
     def forward(self, src: Float[Tensor, "frames batch channels"]) -> Float[Tensor, "high_frames batch channels"]:
         return src.repeat_interleave(self.upsample, dim=0)
 
-# %% ../../nbs/zipformer/22_resampling.ipynb #c18de878
+# %% ../../nbs/zipformer/22_resampling.ipynb #ad1f71e2
 class BypassModule(nn.Module):
     """From a layer's input towards its output, in each channel by a learnt part of the way.
 
@@ -91,7 +91,7 @@ class BypassModule(nn.Module):
 
     All four may be schedules; each module keeps copies of its own.
 
-    Source: Yao et al., “Zipformer”, 2024, section 3.1; icefall, `zipformer/zipformer.py`. Chapter: zipformer/22_resampling.
+    Source: Yao et al., “Zipformer”, 2024, section 3.2; icefall, `zipformer/zipformer.py`. Chapter: zipformer/22_resampling.
     """
 
     def __init__(
