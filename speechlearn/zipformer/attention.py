@@ -17,7 +17,7 @@ from .balancer import Balancer
 from .scaling import Dropout2, FloatLike, Identity, ScaledLinear, ScheduledFloat, penalize_abs_values_gt, softmax
 from .whitening import Whiten
 
-# %% ../../nbs/zipformer/20_attention.ipynb #49efd85d
+# %% ../../nbs/zipformer/20_attention.ipynb #d9b22ae2
 def compact_angles(offsets: Float[Tensor, "*offsets"], embed_dim: int, length_factor: float | int = 1.0) -> Float[Tensor, "*offsets"]:
     r"""$\arctan(\sqrt E\,\operatorname{sign}(d)\,\ln(\lvert d\rvert/\sqrt E + 1) \cdot 2\pi / (E \cdot \text{length\_factor}))$: an angle in (−π/2, π/2) for every offset.
 
@@ -43,12 +43,12 @@ def compact_encoding(offsets: Float[Tensor, "offsets"], embed_dim: int, length_f
 
     Source: Yao et al., “Zipformer”, 2024; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
     """
-    multiples = compact_angles(offsets, embed_dim, length_factor)[:, None] * torch.arange(1, embed_dim // 2 + 1)
+    multiples = compact_angles(offsets, embed_dim, length_factor)[:, None] * torch.arange(1, embed_dim // 2 + 1, device=offsets.device)
     table = torch.stack([multiples.cos(), multiples.sin()], dim=-1).flatten(start_dim=1)
     table[:, -1] = 1.0
     return table
 
-# %% ../../nbs/zipformer/20_attention.ipynb #86da4bd4
+# %% ../../nbs/zipformer/20_attention.ipynb #d6bc81e3
 class CompactRelPositionalEncoding(nn.Module):
     """A vector for every offset between a query and a key.
 
@@ -74,6 +74,12 @@ class CompactRelPositionalEncoding(nn.Module):
     def _table(self, max_len: int) -> Tensor:
         return compact_encoding(torch.arange(-(max_len - 1.0), max_len), self.embed_dim, self.length_factor)
 
+    @torch.inference_mode(False)  # what grew while decoding serves training, too
+    def _make_room(self, n_keys: int, device: torch.device) -> None:
+        if n_keys > (len(self.pe) + 1) // 2:
+            self.pe = self._table(2 * n_keys)
+        self.pe = self.pe.to(device)
+
     def forward(self, x: Float[Tensor, "frames *rest"], left_context_len: int = 0) -> Float[Tensor, "1 offsets embed_dim"]:
         """The vectors that T queries with T + left keys need.
 
@@ -84,11 +90,9 @@ class CompactRelPositionalEncoding(nn.Module):
         Returns: a row for each offset from −(T + left − 1) to T − 1.
         """
         n_queries, n_keys = len(x), len(x) + left_context_len
-        if n_keys > (len(self.pe) + 1) // 2:
-            self.pe = self._table(2 * n_keys)
-        self.pe = self.pe.to(device=x.device, dtype=x.dtype)
+        self._make_room(n_keys, x.device)
         zero = len(self.pe) // 2  # the row of offset 0
-        return self.dropout(self.pe[None, zero - n_keys + 1 : zero + n_queries])
+        return self.dropout(self.pe[None, zero - n_keys + 1 : zero + n_queries].to(x.dtype))
 
 # %% ../../nbs/zipformer/20_attention.ipynb #c8477d54
 def offsets_to_keys(by_offset: Float[Tensor, "*batch queries offsets"]) -> Float[Tensor, "*batch queries keys"]:
@@ -107,7 +111,7 @@ def offsets_to_keys(by_offset: Float[Tensor, "*batch queries offsets"]) -> Float
     line = by_offset.reshape(*batch, n_queries * n_offsets)[..., n_queries - 1 : n_queries * n_offsets - 1]
     return line.unflatten(-1, (n_queries, n_offsets - 1))[..., : n_offsets - n_queries + 1]
 
-# %% ../../nbs/zipformer/20_attention.ipynb #ba155f28
+# %% ../../nbs/zipformer/20_attention.ipynb #9c442f15
 def _heads(x: Float[Tensor, "frames batch channels"], n_heads: int) -> Float[Tensor, "heads batch frames d_head"]:
     return x.unflatten(-1, (n_heads, -1)).permute(2, 1, 0, 3)
 
@@ -133,7 +137,7 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
         dropout: on the weights, in training.
         pos_emb_skip_rate: how often positions are left out in training; may be a schedule.
 
-    Raises: ValueError: masks or positions whose shapes do not fit.
+    Raises: ValueError: positions or caches whose number does not fit.
 
     Source: Yao et al., “Zipformer”, 2024, section 3.1; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
     """
