@@ -111,7 +111,7 @@ def offsets_to_keys(by_offset: Float[Tensor, "*batch queries offsets"]) -> Float
     line = by_offset.reshape(*batch, n_queries * n_offsets)[..., n_queries - 1 : n_queries * n_offsets - 1]
     return line.unflatten(-1, (n_queries, n_offsets - 1))[..., : n_offsets - n_queries + 1]
 
-# %% ../../nbs/zipformer/20_attention.ipynb #9c442f15
+# %% ../../nbs/zipformer/20_attention.ipynb #db42b7b8
 def _heads(x: Float[Tensor, "frames batch channels"], n_heads: int) -> Float[Tensor, "heads batch frames d_head"]:
     return x.unflatten(-1, (n_heads, -1)).permute(2, 1, 0, 3)
 
@@ -139,7 +139,7 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
 
     Raises: ValueError: positions or caches whose number does not fit.
 
-    Source: Yao et al., “Zipformer”, 2024, section 3.1; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
+    Source: Yao et al., “Zipformer”, 2024, section 3.2; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
         scores = scores.masked_fill(key_padding_mask[:, None, :], -1000.0)
         return scores.softmax(dim=-1), k[len(k) - left_context_len :]
 
-# %% ../../nbs/zipformer/20_attention.ipynb #7ceefec6
+# %% ../../nbs/zipformer/20_attention.ipynb #d0beffb2
 class SelfAttention(nn.Module):
     """Values, mixed over time by weights from elsewhere.
 
@@ -236,7 +236,7 @@ class SelfAttention(nn.Module):
         num_heads: of the weights.
         value_head_dim: numbers of a value, for each head.
 
-    Source: Yao et al., “Zipformer”, 2024, section 3.1; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
+    Source: Yao et al., “Zipformer”, 2024, section 3.2; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, value_head_dim: int):
@@ -262,7 +262,7 @@ class SelfAttention(nn.Module):
         values = torch.cat([cached_val, self.in_proj(x)])
         return self.out_proj(_joined(attn_weights @ _heads(values, len(attn_weights)))), values[len(values) - left_context_len :]
 
-# %% ../../nbs/zipformer/20_attention.ipynb #b1e3b423
+# %% ../../nbs/zipformer/20_attention.ipynb #b2f9c6fa
 class NonlinAttention(nn.Module):
     """A gated input, mixed over time by one head's weights, times another projection of the input.
 
@@ -270,7 +270,7 @@ class NonlinAttention(nn.Module):
         channels: of a frame.
         hidden_channels: of each of the three parts; ¾ of `channels` in the recipe.
 
-    Source: Yao et al., “Zipformer”, 2024, section 3.1; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
+    Source: Yao et al., “Zipformer”, 2024, section 3.2; icefall, `zipformer/zipformer.py`. Chapter: zipformer/20_attention.
     """
 
     def __init__(self, channels: int, hidden_channels: int):
