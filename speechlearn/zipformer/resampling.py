@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .normalisation import limit_param_value
 from .scaling import FloatLike, ScheduledFloat, convert_num_channels, penalize_abs_values_gt
 
-# %% ../../nbs/zipformer/22_resampling.ipynb #7da2f53a
+# %% ../../nbs/zipformer/22_resampling.ipynb #2786bb4f
 class SimpleDownsample(nn.Module):
     """One frame for every `downsample` frames: their mean, weighted by a softmax of learnt numbers.
 
@@ -33,6 +33,7 @@ class SimpleDownsample(nn.Module):
         super().__init__()
         _check_factor("downsample", downsample)
         self.downsample = downsample
+        self.dropout = dropout  # as in the reference, where nothing reads it
         self.bias = nn.Parameter(torch.zeros(downsample))
 
     def forward(self, src: Float[Tensor, "frames batch channels"]) -> Float[Tensor, "low_frames batch channels"]:
