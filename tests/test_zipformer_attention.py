@@ -498,3 +498,5 @@ class TestStreaming:
             nonlin.streaming_forward(x, w, randn(2, 1, 3, 2), 2)
         with pytest.raises(ValueError, match="are for 5 keys; expected 3 and 6"):
             nonlin.streaming_forward(x, w, randn(2, 1, 3, 2), 3)
+        with pytest.raises(ValueError, match="the cache holds 2 frames and the chunk 3, but left_context_len is 1"):
+            attention.streaming_forward(x, w, randn(2, 1, 8), 1)  # keys and cache fit each other

@@ -213,7 +213,7 @@ class SimpleCombiner(nn.Module):
             w = w.clamp(min=self.min_weight[0], max=1.0 - self.min_weight[1])
         return w * convert_num_channels(src1, self.dim2) + (1 - w) * src2
 
-# %% ../../nbs/zipformer/22_resampling.ipynb #e878d1bb
+# %% ../../nbs/zipformer/22_resampling.ipynb #d375d814
 class AttentionCombine(nn.Module):
     """A mean over several inputs for each frame, weighted by learnt scores; in the file of the first Zipformer, used by none of its models.
 
@@ -249,7 +249,7 @@ class AttentionCombine(nn.Module):
 
     def _hidden(self, n_frames, device) -> Tensor:
         """True where a frame may not use an input; drawn for each frame."""
-        start = torch.randint(1, int(self.num_inputs / self.random_prob), size=(n_frames,), device=device)[:, None]
+        start = torch.randint(1, max(2, int(self.num_inputs / self.random_prob)), size=(n_frames,), device=device)[:, None]
         place = torch.arange(self.num_inputs, device=device)
         single = (torch.rand((n_frames, 1), device=device) < self.single_prob) & (start < self.num_inputs)
         return (place >= start) | single & (place < start - 1)
