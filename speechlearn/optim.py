@@ -4,7 +4,7 @@
 __all__ = ['adam_step', 'median_norm', 'ScaledAdam', 'FirstScaledAdam', 'parameter_groups', 'noam_factor', 'eden_factor',
            'eden2_factor', 'Eden', 'Eden2']
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #dd09d016
+# %% ../nbs/zipformer/23_optimiser.ipynb #3d6f3e18
 import math
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #e0c9e7a6
+# %% ../nbs/zipformer/23_optimiser.ipynb #1f21bed9
 def adam_step(
     p: Float[Tensor, "*shape"],
     g: Float[Tensor, "*shape"],
@@ -54,7 +54,7 @@ def adam_step(
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
     return p - lr * m_hat / (v_hat.sqrt() + eps), m, v
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #26b16ba2
+# %% ../nbs/zipformer/23_optimiser.ipynb #8b9754ff
 def median_norm(norms: list[float]) -> float:
     """The middle of some gradient lengths: place 2·(N // 4) of the sorted list of N, as the Zipformer's recipe has it.
 
@@ -71,7 +71,7 @@ def median_norm(norms: list[float]) -> float:
     in_order = sorted(math.inf if math.isnan(norm) else float(norm) for norm in norms)
     return in_order[min(len(in_order) - 1, 2 * (len(in_order) // 4))]
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #723abfcc
+# %% ../nbs/zipformer/23_optimiser.ipynb #25f72dc2
 class _Batch(NamedTuple):
     """Parameters of one shape, stacked: axis 0 counts them."""
 
@@ -128,7 +128,7 @@ def _named(group: dict) -> dict:
     group["params"] = given
     return group
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #203dacfb
+# %% ../nbs/zipformer/23_optimiser.ipynb #04151ac2
 class ScaledAdam(Optimizer):
     r"""Adam whose steps are parts of each tensor's root mean square, and which learns the size of each tensor, too.
 
@@ -317,7 +317,7 @@ def _check_settings(group: dict) -> None:
         if not allowed:
             raise ValueError(f"{name} must be {needed}, got {value}")
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #b3f47fb4
+# %% ../nbs/zipformer/23_optimiser.ipynb #a7b4a28b
 class FirstScaledAdam(ScaledAdam):
     r"""The ScaledAdam of the first Zipformer (2022); arguments and names as in `ScaledAdam`.
 
@@ -353,7 +353,7 @@ class FirstScaledAdam(ScaledAdam):
     def _scalar_weight(self, group) -> float:
         return 1.0
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #44ff6f60
+# %% ../nbs/zipformer/23_optimiser.ipynb #43e610e9
 def parameter_groups(model: nn.Module, lr: float) -> list[dict]:
     """Groups for `ScaledAdam`, one for each learning rate: `lr` times the `lr_scale` of all modules around a parameter.
 
@@ -384,7 +384,7 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict]:
     walk(model, "", 1.0)
     return [{"named_params": pairs, "lr": lr * scale} for scale, pairs in groups.items()]
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #38a93836
+# %% ../nbs/zipformer/23_optimiser.ipynb #d791a0d1
 def noam_factor(step: int, d_model: int, warmup_steps: int) -> float:
     r"""$d^{-1/2} \min(\text{step}^{-1/2}, \text{step} \cdot \text{warmup}^{-3/2})$: the learning rate of the Transformer's paper, for Adam.
 
@@ -405,11 +405,11 @@ def noam_factor(step: int, d_model: int, warmup_steps: int) -> float:
     return d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)
 
 
-def _fall(x: float, scale: float, power: float) -> float:
+def _fall(x: float | int, scale: float | int, power: float) -> float:
     return ((x / scale) ** 2 + 1) ** power
 
 
-def _warm(batch: float, warmup_batches: float, warmup_start: float) -> float:
+def _warm(batch: float | int, warmup_batches: float | int, warmup_start: float | int) -> float:
     return 1.0 if batch >= warmup_batches else warmup_start + (1 - warmup_start) * batch / warmup_batches
 
 

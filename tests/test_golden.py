@@ -42,6 +42,8 @@ CLASSES = {
     (2, "SimpleDownsample"): "zipformer.resampling:SimpleDownsample",
     (2, "SimpleUpsample"): "zipformer.resampling:SimpleUpsample",
     (2, "Whiten"): "zipformer.whitening:Whiten",
+    (2, "Zipformer2"): "zipformer.encoder:Zipformer2",
+    (2, "Zipformer2EncoderLayer"): "zipformer.layer:Zipformer2EncoderLayer",
     (2, "Decoder"): "alignment.transducer:Decoder",
     (1, "ActivationBalancer"): "zipformer.balancer:ActivationBalancer",
     (1, "AttentionCombine"): "zipformer.resampling:AttentionCombine",
@@ -62,8 +64,6 @@ CLASSES = {
 
 # Modules of later chapters, by the name in the files (for tables of the first version: by the name of the file).
 NOT_BUILT_YET = {
-    "24": {(2, "Zipformer2EncoderLayer"), (2, "Zipformer2Encoder"), (2, "DownsampledZipformer2Encoder"), (2, "Zipformer2"), (2, "Zipformer2.get_feature_masks"),
-           (2, "Zipformer2 chunk attention mask"), (2, "Zipformer2 (all ScheduledFloat attributes)")},
     "25": {(1, "RelPositionMultiheadAttention"), (1, "ConvolutionModule"), (1, "FeedforwardModule"), (1, "ZipformerEncoderLayer"), (1, "ZipformerEncoder"),
            (1, "DownsampledZipformerEncoder"), (1, "Zipformer"), (1, "rel_positional_encoding_0"), (1, "rel_positional_encoding_1"), (1, "rel_positional_encoding_extend"),
            (1, "feature_masks"), (1, "layer_drop"), (1, "lengths"), (1, "masks"), (1, "schedules"), (1, "skip_wiring"), (1, "zipformer_init")},
@@ -175,9 +175,15 @@ def attribute_of(target):
 
 def build(case):
     """The module of a file, with its parameters, mode and pins."""
+    if (case.version, case.name) in BUILDERS:
+        return prepared(case, BUILDERS[case.version, case.name](case))
     kind = attribute_of(CLASSES[case.version, case.name])
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in case.meta.get("kwargs", {}).items() if key != "left_context_len" or case.method != "streaming_forward"}
-    module = kind(**kwargs)
+    return prepared(case, kind(**kwargs))
+
+
+def prepared(case, module):
+    """Mode, parameters and pins of a file."""
     module.train(case.meta["mode"] != "eval")
     if case.version == 1 and case.meta["mode"] == "eval":
         for part in module.modules():  # the first version's balancers and whiteners act in evaluation, too
@@ -246,7 +252,7 @@ def compare_outputs(case, outputs):
     if "output" in case.tensors:
         case.compare("the output", first(outputs), case.tensors["output"], OUTPUT, "output")
     later = list(outputs[1:]) if isinstance(outputs, tuple) else []
-    for key in ("output_lens", "new_cache", "new_cached_key", "new_cached_val", "new_cached_left_pad", "new_cached_x"):
+    for key in ("output_lens", "new_cache", "new_cached_key", "new_cached_val", "new_cached_left_pad", "new_cached_x", "new_cached_nonlin_attn", "new_cached_val1", "new_cached_val2", "new_cached_conv1", "new_cached_conv2"):
         if key in case.tensors:
             case.compare(key, later.pop(0), case.tensors[key], OUTPUT, "output")
     if "metric" in case.tensors and case.name == "Whiten":
@@ -404,6 +410,74 @@ def run_conv2d_schedules(case):
     case.compare("schedules", torch.tensor(rows), case.tensors["values"], OUTPUT, "output")
 
 
+def run_schedules_of_encoder(case):
+    module = fresh(case)
+    rows = [[value_at(module.get_submodule(name), count) for count in case.meta["counts"]] for name in case.meta["names"]]
+    case.compare("schedules", torch.tensor(rows), case.tensors["values"], OUTPUT, "output")
+
+
+def fresh(case):
+    """An encoder whose parameters play no role."""
+    from speechlearn.zipformer.encoder import Zipformer2
+
+    return Zipformer2(**case.meta["kwargs"]).train()
+
+
+def value_at(schedule, count):
+    schedule.batch_count = count
+    return float(schedule)
+
+
+def encoder_of(case):
+    """A stack, from the arguments of its layer; with a factor: at a lower rate."""
+    from speechlearn.zipformer.encoder import DownsampledZipformer2Encoder, Zipformer2Encoder
+    from speechlearn.zipformer.layer import Zipformer2EncoderLayer
+
+    kwargs = dict(case.meta["kwargs"])
+    layer = Zipformer2EncoderLayer(**kwargs.pop("layer"))
+    factor = kwargs.pop("downsample", 1)
+    stack = Zipformer2Encoder(layer, **{"pos_dim": 12, "dropout": 0.0, "warmup_begin": 0.0, "warmup_end": 1.0} | kwargs)
+    return stack if factor == 1 else DownsampledZipformer2Encoder(stack, layer.embed_dim, factor, 0.0, layer.conv_module1.causal)
+
+
+def run_feature_masks(case):
+    module = fresh(case)
+    n_utterances = case.tensors["draw.0"].shape[1]
+    with pinned(case):
+        masks = module.get_feature_masks(torch.zeros(3, n_utterances, 16))
+    for i, mask in enumerate(masks):
+        case.compare(f"mask {i}", mask, case.tensors[f"mask.{i}"], OUTPUT, "output")
+    assert len(masks) == len(case.group("mask."))
+
+
+def run_chunk_masks(case):
+    from speechlearn.zipformer.encoder import chunk_attention_mask
+
+    for name, stored in case.group("mask.").items():
+        chunk, left = (int(n) for n in re.fullmatch(r"chunk(\d+)\.left(-?\d+)", name).groups())
+        assert torch.equal(chunk_attention_mask(len(stored), chunk, left), stored.bool()), name
+    Worst.note(case.name, "output", 0.0)
+
+
+def run_encoder_stream(case):
+    g, module = case.tensors, build(case)
+    chunk = case.meta["kwargs"]["chunk_size"][0]
+    with torch.no_grad():
+        n_utterances = g["x"].shape[1]
+        states = module.get_init_states(n_utterances)
+        for j in range(len(g["x"]) // chunk):
+            piece = g["x"][chunk * j : chunk * (j + 1)]
+            out, lens, states = module.streaming_forward(piece, torch.full((n_utterances,), chunk), states, g[f"chunk.{j}.mask"].bool())
+            case.compare(f"chunk {j}", out, g[f"chunk.{j}.output"], OUTPUT, "output")
+            assert lens.tolist() == g[f"chunk.{j}.lens"].tolist()
+            for q, state in enumerate(states):
+                if f"chunk.{j}.state.{q}" in g:
+                    case.compare(f"state {q} after chunk {j}", state, g[f"chunk.{j}.state.{q}"], OUTPUT, "output")
+        full, lens = module(g["x"], torch.full((n_utterances,), len(g["x"])))
+    case.compare("the whole with a mask", full, g["simulated.output"], OUTPUT, "output")
+    assert lens.tolist() == g["simulated.lens"].tolist()
+
+
 def run_balancer_probability(case):
     from speechlearn.zipformer.balancer import acting_probability
 
@@ -500,7 +574,7 @@ def run_first_scaled_adam(case):
     values, gradients = case.group("param."), case.group("grad.")
     n_steps = len(case.tensors["lr"])
     parameters = {name: torch.nn.Parameter(value[0].clone()) for name, value in values.items()}
-    optimiser = FirstScaledAdam(list(parameters.items()), **case.meta["kwargs"])
+    optimiser = FirstScaledAdam(list(parameters.items()), **{key: tuple(value) if isinstance(value, list) else value for key, value in case.meta["kwargs"].items()})
     rows = lambda table, steps: [{name: value[t] for name, value in table.items()} for t in steps]
     last = n_steps if all(len(value) > n_steps for value in values.values()) else n_steps - 1
     follow(case, optimiser, parameters, rows(gradients, range(last)), rows(values, range(1, last + 1)), lambda t: optimiser.param_groups[0].update(lr=case.tensors["lr"][t].item()))
@@ -527,6 +601,12 @@ def run_eden(case):
         case.compare(f"{name} of Eden2", rates(Eden2, g["batches"].tolist(), [0] * len(g["batches"]), **without), g[name.replace("eden", "eden2") + ".lr"].flatten(), OUTPUT, "output")
 
 
+# Modules whose files hold the arguments of their parts.
+BUILDERS = {
+    (2, "Zipformer2Encoder"): encoder_of,
+    (2, "DownsampledZipformer2Encoder"): encoder_of,
+}
+
 SPECIAL = {
     (2, "SwooshL, SwooshR, DoubleSwish (functions)"): run_activations,
     (2, "PiecewiseLinear, ScheduledFloat"): run_schedules,
@@ -535,6 +615,10 @@ SPECIAL = {
     (2, "Conv2dSubsampling.streaming_forward"): run_conv2d_streaming,
     (2, "AsrModel.forward_transducer"): run_pruned_transducer,
     (2, "CompactRelPositionalEncoding"): run_compact_positions,
+    (2, "Zipformer2.get_feature_masks"): run_feature_masks,
+    (2, "Zipformer2 chunk attention mask"): run_chunk_masks,
+    (2, "Zipformer2 (all ScheduledFloat attributes)"): run_schedules_of_encoder,
+    (2, "Zipformer2.streaming_forward"): run_encoder_stream,
     (2, "ScaledAdam"): run_scaled_adam,
     (2, "ScaledAdam + Eden"): run_scaled_adam,
     (2, "Eden, Eden2"): run_eden,
@@ -558,7 +642,7 @@ def run(path):
     special = SPECIAL.get((case.version, case.module))
     if special is not None:
         return special(case)
-    if (case.version, case.name) not in CLASSES:
+    if (case.version, case.name) not in CLASSES and (case.version, case.name) not in BUILDERS:
         raise AssertionError(f"{case.path.name} holds {case.module!r} of version {case.version}, which this runner does not know")
     return run_module(case)
 
