@@ -128,7 +128,7 @@ def _named(group: dict) -> dict:
     group["params"] = given
     return group
 
-# %% ../nbs/zipformer/23_optimiser.ipynb #04151ac2
+# %% ../nbs/zipformer/23_optimiser.ipynb #03361d5e
 class ScaledAdam(Optimizer):
     r"""Adam whose steps are parts of each tensor's root mean square, and which learns the size of each tensor, too.
 
@@ -143,7 +143,7 @@ class ScaledAdam(Optimizer):
         scalar_lr_scale: tensors of one number move by `lr` times this, whatever their size; so does the logarithm of each tensor's size.
         eps: keeps quotients finite.
         param_min_rms: tensors smaller than this are treated as if they had this RMS.
-        param_max_rms: tensors do not grow beyond it by learning their size.
+        param_max_rms: tensors do not grow beyond it by learning their size; larger ones are pulled back.
         scalar_max: tensors of one number stay within ± this.
         size_update_period: the size is learnt once in so many steps.
         clipping_update_period: the median is taken once in so many steps, of so many lengths.
@@ -268,7 +268,7 @@ class ScaledAdam(Optimizer):
         if "model_norms" not in state:
             state.update(model_norms=[0.0] * period, model_norm_threshold=None, num_clipped=0)
         if t > 0:
-            state["model_norms"][t % period] = norm
+            state["model_norms"][t % period] = norm if norm == norm else math.inf  # a NaN has no place in an order
             if t % period == 0:
                 state["model_norm_threshold"] = group["clipping_scale"] * self._median(group, state["model_norms"])
             elif t in self.FIRST_GUESSES and t < period:
