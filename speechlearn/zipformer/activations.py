@@ -4,14 +4,14 @@
 __all__ = ['SLOPE_AT_LEFT', 'swish', 'double_swish', 'swoosh_l', 'swoosh_r', 'quantised', 'restored', 'swoosh_l_slope',
            'swoosh_r_slope', 'double_swish_slope', 'SwooshL', 'SwooshR', 'DoubleSwish', 'ActivationDropoutAndLinear']
 
-# %% ../../nbs/zipformer/15_activations.ipynb #61a2f320
+# %% ../../nbs/zipformer/15_activations.ipynb #04e457eb
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# %% ../../nbs/zipformer/15_activations.ipynb #67d1ac1b
+# %% ../../nbs/zipformer/15_activations.ipynb #8664cbc4
 def swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x · σ(x), which torch calls SiLU.
 
@@ -19,7 +19,7 @@ def swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     return x * torch.sigmoid(x)
 
-# %% ../../nbs/zipformer/15_activations.ipynb #a4d022ab
+# %% ../../nbs/zipformer/15_activations.ipynb #d5a4759d
 def double_swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x · σ(x − 1), the activation of the first Zipformer.
 
@@ -27,7 +27,7 @@ def double_swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     return x * torch.sigmoid(x - 1)
 
-# %% ../../nbs/zipformer/15_activations.ipynb #4872e19c
+# %% ../../nbs/zipformer/15_activations.ipynb #ba93783d
 SLOPE_AT_LEFT = -0.08
 
 
@@ -53,7 +53,7 @@ def swoosh_r(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     return _swoosh(x, 1.0, 0.313261687)
 
-# %% ../../nbs/zipformer/15_activations.ipynb #c9265747
+# %% ../../nbs/zipformer/15_activations.ipynb #bfe7b3da
 def quantised(values: Float[Tensor, "*shape"], floor: float, ceil: float, noise: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Numbers between floor and ceil as one of 256 levels, rounded up or down by chance.
 
@@ -73,7 +73,7 @@ def restored(codes: UInt8[Tensor, "*shape"], floor: float, ceil: float, dtype: t
     """The numbers that the levels stand for. Chapter: zipformer/15_activations."""
     return codes.to(dtype).mul_((ceil - floor) / 255.0).add_(floor)  # in place: only the result is as large as the input
 
-# %% ../../nbs/zipformer/15_activations.ipynb #aa42aa65
+# %% ../../nbs/zipformer/15_activations.ipynb #9ca12fab
 class _LightActivation(torch.autograd.Function):
     """An activation that keeps its slope in one byte for each number."""
 
@@ -107,7 +107,7 @@ def double_swish_slope(x: Tensor, y: Tensor) -> Tensor:
     s = torch.sigmoid(x - 1.0)
     return y * (1 - s) + s
 
-# %% ../../nbs/zipformer/15_activations.ipynb #bd423f33
+# %% ../../nbs/zipformer/15_activations.ipynb #6862a970
 class SwooshL(nn.Module):
     """`swoosh_l`; in training its backward keeps one byte for each number, with stochastic rounding.
 
@@ -143,7 +143,7 @@ class DoubleSwish(nn.Module):
             return _LightActivation.apply(x, double_swish, double_swish_slope, -0.043637, 1.2)
         return double_swish(x)
 
-# %% ../../nbs/zipformer/15_activations.ipynb #b7f5d62f
+# %% ../../nbs/zipformer/15_activations.ipynb #35dd9b5e
 _FUNCTIONS = {"SwooshL": (swoosh_l, swoosh_l_slope), "SwooshR": (swoosh_r, swoosh_r_slope)}
 
 
