@@ -57,6 +57,11 @@ CLASSES = {
     (1, "SimpleUpsample"): "zipformer.resampling:FirstSimpleUpsample",
     (1, "Whiten"): "zipformer.whitening:FirstWhiten",
     (1, "Decoder"): "alignment.transducer:Decoder",
+    (1, "RelPositionMultiheadAttention"): "zipformer.v1:RelPositionMultiheadAttention",
+    (1, "ConvolutionModule"): "zipformer.v1:ConvolutionModule",
+    (1, "FeedforwardModule"): "zipformer.v1:FeedforwardModule",
+    (1, "ZipformerEncoderLayer"): "zipformer.v1:ZipformerEncoderLayer",
+    (1, "Zipformer"): "zipformer.v1:Zipformer",
     (1, "fn:penalize_abs_values_gt"): "zipformer.scaling:penalize_abs_values_gt",
     (1, "fn:softmax"): "zipformer.scaling:softmax",
     (1, "fn:_whitening_metric"): "zipformer.whitening:whitening_metric",
@@ -64,9 +69,6 @@ CLASSES = {
 
 # Modules of later chapters, by the name in the files (for tables of the first version: by the name of the file).
 NOT_BUILT_YET = {
-    "25": {(1, "RelPositionMultiheadAttention"), (1, "ConvolutionModule"), (1, "FeedforwardModule"), (1, "ZipformerEncoderLayer"), (1, "ZipformerEncoder"),
-           (1, "DownsampledZipformerEncoder"), (1, "Zipformer"), (1, "rel_positional_encoding_0"), (1, "rel_positional_encoding_1"), (1, "rel_positional_encoding_extend"),
-           (1, "feature_masks"), (1, "layer_drop"), (1, "lengths"), (1, "masks"), (1, "schedules"), (1, "skip_wiring"), (1, "zipformer_init")},
     "26": {(2, "Conv2dSubsampling + Zipformer2, streaming")},
     "27": {(2, "AsrModel with CTC head"), (2, "AsrModel.forward_cr_ctc"), (2, "AttentionDecoderModel")},
 }
@@ -90,6 +92,9 @@ class Case:
         self.path, self.tensors = Path(path), load_file(path)
         with safe_open(path, "pt") as file:
             self.meta = json.loads(file.metadata()["meta"])
+        if "params_from" in self.meta:
+            other = load_file(self.path.with_stem(self.meta["params_from"]))
+            self.tensors = self.tensors | {key: value for key, value in other.items() if key.startswith("params.")}
         self.version = 1 if "derivative" in self.meta or "kind" in self.meta else 2
         self.module = self.meta.get("module") or self.path.stem
         self.name, _, self.method = (self.module, "", self.meta.get("method")) if self.version == 1 else self.module.partition(".")
@@ -229,7 +234,8 @@ def run_module(case):
         outputs = (function or getattr(module, case.method or "forward"))(**inputs, **call)
         compare_outputs(case, outputs)
         if "grad_output" in case.tensors:
-            first(outputs).backward(case.tensors["grad_output"])
+            second = case.tensors.get("grad_output.attn_weights")
+            torch.autograd.backward([first(outputs)] + ([] if second is None else [outputs[1]]), [case.tensors["grad_output"]] + ([] if second is None else [second]))
     if "grad_output" not in case.tensors:
         return
     for key, stored in case.group("grad_input.").items():
@@ -252,6 +258,8 @@ def compare_outputs(case, outputs):
     if "output" in case.tensors:
         case.compare("the output", first(outputs), case.tensors["output"], OUTPUT, "output")
     later = list(outputs[1:]) if isinstance(outputs, tuple) else []
+    for key in case.meta.get("outputs", ["output"])[1:]:
+        case.compare(key, later.pop(0), case.tensors[f"output.{key}"], OUTPUT, "output")
     for key in ("output_lens", "new_cache", "new_cached_key", "new_cached_val", "new_cached_left_pad", "new_cached_x", "new_cached_nonlin_attn", "new_cached_val1", "new_cached_val2", "new_cached_conv1", "new_cached_conv2"):
         if key in case.tensors:
             case.compare(key, later.pop(0), case.tensors[key], OUTPUT, "output")
@@ -440,6 +448,100 @@ def encoder_of(case):
     return stack if factor == 1 else DownsampledZipformer2Encoder(stack, layer.embed_dim, factor, 0.0, layer.conv_module1.causal)
 
 
+def first_encoder_of(case):
+    from speechlearn.zipformer import v1
+
+    def stack(kwargs):
+        kwargs = dict(kwargs)
+        return v1.ZipformerEncoder(v1.ZipformerEncoderLayer(**kwargs.pop("encoder_layer")), **kwargs)
+
+    kwargs = dict(case.meta["kwargs"])
+    return v1.DownsampledZipformerEncoder(stack(kwargs.pop("encoder")), **kwargs) if "encoder" in kwargs else stack(kwargs)
+
+
+def first_model(case):
+    from speechlearn.zipformer.v1 import Zipformer
+
+    return Zipformer(**case.meta["kwargs"]).train()
+
+
+def run_first_positions(case):
+    from speechlearn.zipformer.v1 import RelPositionalEncoding
+
+    module = RelPositionalEncoding(**case.meta["kwargs"]).eval()
+    for name in sorted(case.tensors, key=lambda name: name.endswith("afterwards")):
+        case.compare(name, module(torch.zeros(int(re.search(r"T(\d+)", name)[1]), 1, 1)), case.tensors[name], OUTPUT, "output")
+
+
+def run_first_feature_masks(case):
+    model = first_model(case)
+    with pinned(case):
+        masks = model.get_feature_masks(torch.zeros(case.meta["num_frames"], case.meta["batch_size"], 1))
+    for i, mask in enumerate(masks):
+        case.compare(f"mask {i}", mask, case.tensors[f"mask.{i}"], OUTPUT, "output")
+
+
+def run_layer_drop(case):
+    from speechlearn.zipformer.v1 import layers_to_drop
+
+    g = {name: values.tolist() for name, values in case.tensors.items()}
+    for i, n_layers in enumerate(g["num_layers"]):
+        begin, part, warmups = g["warmup_begin"][i], (1.0 / n_layers) * (g["warmup_end"][i] - g["warmup_begin"][i]), []
+        for _ in range(n_layers):
+            warmups.append((begin, begin + part))
+            begin += part
+        ours = layers_to_drop(g["batch_count"][i], g["module_seed"][i], g["rnd_seed"][i], warmups)
+        assert ours == {layer for layer, gone in enumerate(g["dropped"][i]) if gone}, f"row {i}"
+    Worst.note("layer_drop (2022)", "output", 0.0)
+
+
+def run_first_lengths(case):
+    from speechlearn.zipformer.convolution import encoder_lengths, subsampled_lengths
+
+    case.compare("after the front end", subsampled_lengths(case.tensors["x_lens"]), case.tensors["after_front_end"], OUTPUT, "output")
+    assert encoder_lengths(case.tensors["x_lens"]).tolist() == case.tensors["output"].tolist()
+    Worst.note("lengths (2022)", "output", 0.0)
+
+
+def run_first_masks(case):
+    from speechlearn.data.batches import is_padding
+
+    mask = is_padding(case.tensors["lengths"], case.tensors["mask"].shape[1])
+    for name, stored in case.tensors.items():
+        if name.startswith("mask"):
+            assert torch.equal(mask[:, :: int(name.removeprefix("mask").removeprefix("_ds") or 1)], stored.bool()), name
+    Worst.note("masks (2022)", "output", 0.0)
+
+
+def run_first_schedules(case):
+    from speechlearn.zipformer.v1 import Zipformer, bypass_minimum, dynamic_dropout
+
+    model = Zipformer(16, encoder_dims=(8, 8), attention_dim=(8, 8), encoder_unmasked_dims=(8, 8), nhead=(2, 2), feedforward_dim=(8, 8), num_encoder_layers=(1, 1), cnn_module_kernels=(3, 3))
+    rows = {"bypass_minimum": bypass_minimum, "dynamic_dropout": dynamic_dropout, "layer_skip_dropout": lambda count: (setattr(model, "batch_count", count), model.skip_dropout())[1]}
+    for name, function in rows.items():
+        case.compare(name, torch.tensor([function(float(count)) for count in case.tensors["batch_count"]], dtype=torch.float64), case.tensors[name], OUTPUT, "output")
+
+
+def run_skip_wiring(case):
+    from speechlearn.zipformer.v1 import skip_layers
+
+    for name, stored in case.tensors.items():
+        ours = skip_layers([int(factor) for factor in name.split("_")])
+        assert [-1 if j is None else j for j in ours] == stored.tolist(), name
+    Worst.note("skip_wiring (2022)", "output", 0.0)
+
+
+def run_first_init(case):
+    torch.manual_seed(case.meta["seed"])
+    model = first_model(case)
+    stacks = [getattr(stack, "encoder", stack) for stack in model.encoders]
+    assert [stack.module_seed for stack in stacks] == [int(case.tensors[f"module_seed.{i}"]) for i in range(len(stacks))]
+    parameters = {name: parameter.detach().double().flatten() for name, parameter in model.named_parameters()}
+    assert set(parameters) == set(case.group("stats."))
+    for name, p in parameters.items():
+        case.compare(name, torch.stack([torch.tensor(float(len(p)), dtype=p.dtype), p.sum(), p.square().sum(), p[0], p[-1]]), case.tensors[f"stats.{name}"], OUTPUT, "output")
+
+
 def run_feature_masks(case):
     module = fresh(case)
     n_utterances = case.tensors["draw.0"].shape[1]
@@ -605,6 +707,8 @@ def run_eden(case):
 BUILDERS = {
     (2, "Zipformer2Encoder"): encoder_of,
     (2, "DownsampledZipformer2Encoder"): encoder_of,
+    (1, "ZipformerEncoder"): first_encoder_of,
+    (1, "DownsampledZipformerEncoder"): first_encoder_of,
 }
 
 SPECIAL = {
@@ -626,6 +730,16 @@ SPECIAL = {
     (1, "scaled_adam_other_settings"): run_first_scaled_adam,
     (1, "scaled_adam_unclipped"): run_first_scaled_adam,
     (1, "eden"): run_eden,
+    (1, "rel_positional_encoding_0"): run_first_positions,
+    (1, "rel_positional_encoding_1"): run_first_positions,
+    (1, "rel_positional_encoding_extend"): run_first_positions,
+    (1, "feature_masks"): run_first_feature_masks,
+    (1, "layer_drop"): run_layer_drop,
+    (1, "lengths"): run_first_lengths,
+    (1, "masks"): run_first_masks,
+    (1, "schedules"): run_first_schedules,
+    (1, "skip_wiring"): run_skip_wiring,
+    (1, "zipformer_init"): run_first_init,
     (2, "Decoder"): run_decoder,
     (1, "Decoder"): run_decoder,
     (1, "double_swish_expectation"): run_double_swish_expectation,
