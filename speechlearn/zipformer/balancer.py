@@ -4,7 +4,7 @@
 __all__ = ['acting_probability', 'ActivationBalancer', 'rms_of_mean_abs', 'mean_over_stddev_of_share', 'correction_line',
            'Balancer']
 
-# %% ../../nbs/zipformer/18_balancer.ipynb #b04b6b88
+# %% ../../nbs/zipformer/18_balancer.ipynb #8e5209a8
 import math
 import random
 
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .scaling import FloatLike, ScheduledFloat
 
-# %% ../../nbs/zipformer/18_balancer.ipynb #638abed7
+# %% ../../nbs/zipformer/18_balancer.ipynb #62b8b858
 def _per_channel(x: Tensor, channel_dim: int) -> list[int]:
     """All axes but that of the channels."""
     return [axis for axis in range(x.dim()) if axis != channel_dim % x.dim()]
@@ -103,7 +103,7 @@ class ActivationBalancer(nn.Module):
             scale = scale + ((self.min_abs - size) * (scale_gain / self.min_abs)).clamp(0, most)
         return sign, scale
 
-# %% ../../nbs/zipformer/18_balancer.ipynb #f570d6ea
+# %% ../../nbs/zipformer/18_balancer.ipynb #5898a61d
 def rms_of_mean_abs(mean_abs: float) -> float:
     """RMS of a bell curve around zero with this mean absolute value. Chapter: zipformer/18_balancer."""
     return 1.25331413732 * mean_abs  # √(π / 2)
@@ -120,7 +120,7 @@ def mean_over_stddev_of_share(positive: float) -> float:
     z = 2 * positive - 1
     return 0.8139535143 * 0.5 * (math.log(1 + z + 1e-10) - math.log(1 - z + 1e-10))
 
-# %% ../../nbs/zipformer/18_balancer.ipynb #7404c14f
+# %% ../../nbs/zipformer/18_balancer.ipynb #93367b78
 class _BalancerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim):
