@@ -69,7 +69,6 @@ CLASSES = {
 
 # Modules of later chapters, by the name in the files (for tables of the first version: by the name of the file).
 NOT_BUILT_YET = {
-    "26": {(2, "Conv2dSubsampling + Zipformer2, streaming")},
     "27": {(2, "AsrModel with CTC head"), (2, "AsrModel.forward_cr_ctc"), (2, "AttentionDecoderModel")},
 }
 
@@ -580,6 +579,34 @@ def run_encoder_stream(case):
     assert lens.tolist() == g["simulated.lens"].tolist()
 
 
+def run_streaming_model(case):
+    from speechlearn.zipformer.convolution import Conv2dSubsampling
+    from speechlearn.zipformer.encoder import Zipformer2
+    from speechlearn.zipformer.streaming import StreamingEncoder
+
+    g, kwargs = case.tensors, case.meta["kwargs"]
+    front_end, encoder = Conv2dSubsampling(**kwargs["encoder_embed"]), Zipformer2(**kwargs["encoder"])
+    front_end.load_state_dict(case.group("params.encoder_embed."), strict=True)
+    encoder.load_state_dict(case.group("params.encoder."), strict=True)
+    stream = StreamingEncoder(front_end, encoder)
+    state, j = stream.start(bins=kwargs["encoder_embed"]["in_channels"]), 0
+    cache = front_end.get_init_states(1)
+    for first in range(0, g["features"].shape[1] - stream.window + 1, stream.hop):
+        piece = g["features"][:, first : first + stream.window]
+        embed, _, cache = front_end.streaming_forward(piece, torch.tensor([piece.shape[1]]), cache)
+        case.compare(f"embedding {j}", embed, g[f"chunk.{j}.embed"], OUTPUT, "output")
+        out, state = stream.accept(state, piece if first == 0 else piece[:, stream.window - stream.hop :])
+        case.compare(f"chunk {j}", out, g[f"chunk.{j}.output"], OUTPUT, "output")
+        assert state.processed.tolist() == g[f"chunk.{j}.processed_lens"].tolist()
+        j += 1
+    assert f"chunk.{j}.output" not in g
+    with torch.no_grad():
+        embed, lens = front_end(g["features"], torch.tensor([g["features"].shape[1]]))
+        case.compare("the embedding at once", embed, g["simulated.embed"], OUTPUT, "output")
+        full, _ = encoder(embed.transpose(0, 1), lens)
+    case.compare("the output at once", full.transpose(0, 1), g["simulated.output"], OUTPUT, "output")
+
+
 def run_balancer_probability(case):
     from speechlearn.zipformer.balancer import acting_probability
 
@@ -723,6 +750,7 @@ SPECIAL = {
     (2, "Zipformer2 chunk attention mask"): run_chunk_masks,
     (2, "Zipformer2 (all ScheduledFloat attributes)"): run_schedules_of_encoder,
     (2, "Zipformer2.streaming_forward"): run_encoder_stream,
+    (2, "Conv2dSubsampling + Zipformer2, streaming"): run_streaming_model,
     (2, "ScaledAdam"): run_scaled_adam,
     (2, "ScaledAdam + Eden"): run_scaled_adam,
     (2, "Eden, Eden2"): run_eden,
