@@ -1,6 +1,6 @@
 """The parts of our Zipformer against those of the official package `zipformer` 0.1.3: values, gradients, time and memory.
 
-    python benchmarks/zipformer_parts.py [--rounds N] [--only WORD ...] [--no-compile]
+    python benchmarks/zipformer_parts.py [--rounds N] [--only WORD ...] [--no-compile | --compile-only]
 
 The official package wants an older torch, so it lives in an environment of its own, beside the one of this project (run in the project's folder):
 
@@ -52,6 +52,7 @@ FRAMES, BATCH, HEADS, QUERY, POSITION, VALUE, POS_DIM = 500, 4, 4, 32, 4, 12, 48
 ACTS, RESTS = 0.01, 0.999  # not 0: the package writes log lines at very small draws
 COMPILED_THERE = ("SwooshL", "SwooshR", "ActivationDropoutAndLinear")
 BATCH_COUNT = 1000.0  # where the schedules are
+OPTIMISER = "ScaledAdam, one step"
 BLOCK = 0.02  # seconds that one measurement lasts at least
 SLOW = 0.3  # steps that last longer are measured in fewer rounds
 
@@ -405,7 +406,7 @@ def memory(models, part):
 
 def compiled(models, part, rounds):
     """Ratio of ours, compiled, to theirs; or why there is none."""
-    torch._dynamo.reset()
+    fresh_compiler()
     torch.set_num_threads(1)
     tasks = {}
     for side, model in models.items():
@@ -420,9 +421,13 @@ def compiled(models, part, rounds):
             found, _ = in_turns(tasks, rounds)
     except Exception as error:  # a compiler may fail in many ways; the row then says how
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    finally:
-        torch._dynamo.reset()
     return round(found, 3), None
+
+
+def fresh_compiler():
+    """Forget the shapes of earlier rows: after some of them, torch.compile would compile no more, neither ours nor theirs."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
 
 
 def no_compiler():
@@ -507,6 +512,7 @@ def ratio(a, b):
 
 
 def measure(part, rounds):
+    fresh_compiler()
     models = pair(part)
     torch.set_num_threads(1)
     row = {"draw": part.draw, "values": compared(models, part), "time": {}, "seconds": {}}
@@ -523,7 +529,6 @@ def measure(part, rounds):
     found = memory(models, part)
     row["memory"] = {kind: ratio(found["ours"][i], found["official"][i]) for i, kind in enumerate(("kept", "peak"))}
     row["bytes"] = {side: dict(zip(("kept", "peak"), values)) for side, values in found.items()}
-    row["compiled, 1 thread"], row["not compiled because"] = None, "left out"
     return row
 
 
@@ -547,7 +552,7 @@ def table(record):
         else:
             columns = [number(times.get(f"{kind}, {n}")) for kind in ("training", "evaluation") for n in ("1 thread", "2 threads")]
             columns += [number(times.get(f"{kind}, 1 thread, theirs uncompiled")) for kind in ("training", "evaluation")]
-            columns += [number(row["memory"]["kept"]), number(row["memory"]["peak"]), number(row["compiled, 1 thread"])]
+            columns += [number(row["memory"]["kept"]), number(row["memory"]["peak"]), number(row.get("compiled, 1 thread"))]
         lines.append(f"| {name} | {number(output, '{:.0e}')} | {number(gradients, '{:.0e}')} | " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
 
@@ -555,20 +560,23 @@ def table(record):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name holds one of these; nothing is written")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name holds one of these; the others stay as they were stored")
+    parser.add_argument("--no-compile", action="store_true", help="leave our compiled parts out")
+    parser.add_argument("--compile-only", action="store_true", help="measure our compiled parts, and keep the other numbers as they were stored")
     args = parser.parse_args()
     need_official()
     rows, missing = {}, []
+    if (args.only or args.compile_only) and RESULTS.exists():
+        rows = json.loads(RESULTS.read_text())["parts"]
+    chosen = [part for part in parts() if not args.only or any(word in part.name for word in args.only)]
+    order = [part.name for part in parts()] + [OPTIMISER]
 
     def write():
-        if args.only:
-            return
         record = {
-            "parts": rows,
+            "parts": {name: rows[name] for name in order if name in rows},
             "not built yet": missing,
             "sizes": dict(frames=FRAMES, batch=BATCH, heads=HEADS, query=QUERY, position=POSITION, value=VALUE, pos_dim=POS_DIM),
-            "command": f"python benchmarks/zipformer_parts.py --rounds {args.rounds}" + " --no-compile" * args.no_compile,
+            "command": "python benchmarks/zipformer_parts.py --rounds (see each row)",
             "versions": {
                 "python": platform.python_version(), "torch": torch.__version__, "speechlearn": speechlearn.__version__, "zipformer": importlib.metadata.version("zipformer"),
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -577,28 +585,27 @@ def main() -> None:
         RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         RESULTS.with_suffix(".md").write_text(table(record))
 
-    def wanted(name):
-        return not args.only or any(word in name for word in args.only)
-
     def attempt(name, task):
         try:
-            rows[name] = task()
+            row = task() | {"rounds": args.rounds}
         except NotBuilt as error:
             missing.append(name)
             print(f"{name}: left out, {error}", flush=True)
             return
-        print(name, json.dumps({key: rows[name][key] for key in ("values", "time", "memory")}), flush=True)
+        kept = {key: rows[name][key] for key in ("compiled, 1 thread", "not compiled because") if name in rows and key in rows[name]}
+        rows[name] = row | kept
+        print(name, json.dumps({key: row[key] for key in ("values", "time", "memory")}), flush=True)
         write()
 
-    chosen = [part for part in parts() if wanted(part.name)]
-    for part in chosen:
-        attempt(part.name, lambda part=part: measure(part, args.rounds))
-    if wanted("ScaledAdam, one step"):
-        attempt("ScaledAdam, one step", lambda: optimisers(args.rounds))
-    why = "left out" if args.no_compile else no_compiler()
-    for part in chosen:  # last, because it lasts longest
+    if not args.compile_only:
+        for part in chosen:
+            attempt(part.name, lambda part=part: measure(part, args.rounds))
+        if not args.only or any(word in OPTIMISER for word in args.only):
+            attempt(OPTIMISER, lambda: optimisers(args.rounds))
+    why = no_compiler()
+    for part in () if args.no_compile else chosen:  # last, because it lasts longest
         if part.name in rows:
-            found = (None, why) if why else compiled(pair(part), part, max(5, args.rounds // 2))
+            found = (None, why) if why else compiled(pair(part), part, args.rounds)
             rows[part.name]["compiled, 1 thread"], rows[part.name]["not compiled because"] = found
             print(part.name, "compiled:", *found, flush=True)
             write()
