@@ -94,7 +94,29 @@ class CompactRelPositionalEncoding(nn.Module):
         zero = len(self.pe) // 2  # the row of offset 0
         return self.dropout(self.pe[None, zero - n_keys + 1 : zero + n_queries].to(x.dtype))
 
-# %% ../../nbs/zipformer/20_attention.ipynb #c8477d54
+# %% ../../nbs/zipformer/20_attention.ipynb #d64b7e53
+def _windows_of_rows(by_offset: Tensor) -> Tensor:
+    """A view: each row's window begins one place further left than that of the row before."""
+    *batch, n_queries, n_offsets = by_offset.shape
+    if n_queries == 1:
+        return by_offset.view_as(by_offset)
+    line = by_offset.reshape(*batch, n_queries * n_offsets)[..., n_queries - 1 : n_queries * n_offsets - 1]
+    return line.unflatten(-1, (n_queries, n_offsets - 1))[..., : n_offsets - n_queries + 1]
+
+
+class _OffsetsToKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, by_offset):
+        ctx.shape = by_offset.shape
+        return _windows_of_rows(by_offset)
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_zeros(ctx.shape)
+        _windows_of_rows(out).copy_(grad)
+        return out
+
+
 def offsets_to_keys(by_offset: Float[Tensor, "*batch queries offsets"]) -> Float[Tensor, "*batch queries keys"]:
     """Scores by offset become scores by key: `[i, j]` is taken from `[i, j − i + queries − 1]`.
 
@@ -105,11 +127,7 @@ def offsets_to_keys(by_offset: Float[Tensor, "*batch queries offsets"]) -> Float
 
     Source: icefall, `zipformer/zipformer.py`, relative positions. Chapter: zipformer/20_attention.
     """
-    *batch, n_queries, n_offsets = by_offset.shape
-    if n_queries == 1:
-        return by_offset
-    line = by_offset.reshape(*batch, n_queries * n_offsets)[..., n_queries - 1 : n_queries * n_offsets - 1]
-    return line.unflatten(-1, (n_queries, n_offsets - 1))[..., : n_offsets - n_queries + 1]
+    return _OffsetsToKeys.apply(by_offset)
 
 # %% ../../nbs/zipformer/20_attention.ipynb #db42b7b8
 def _heads(x: Float[Tensor, "frames batch channels"], n_heads: int) -> Float[Tensor, "heads batch frames d_head"]:
