@@ -295,6 +295,18 @@ class TestClipping:
                     found = optimiser.state[weight]["model_norm_threshold"]
                     assert found == (expected[t] if expected[t] is None else pytest.approx(expected[t])), t
 
+    def test_first_version_clips_the_learning_of_sizes_alone(self):
+        """Lengths 1, 1, 1, 10, period 2: the threshold of step 2 is 1.5, so step 3 has a factor of 0.15."""
+        for kind, used in ((FirstScaledAdam, 10.0), (ScaledAdam, 1.5)):
+            weight = nn.Parameter(torch.tensor([1.0, -1.0], dtype=torch.float64))
+            optimiser = kind([weight], lr=0.0, clipping_scale=1.5, clipping_update_period=2, size_update_period=5)
+            for length in (1.0, 1.0, 1.0, 10.0):
+                weight.grad = torch.tensor([length, 0.0], dtype=torch.float64)
+                optimiser.step()
+            state = optimiser.state[weight]
+            assert state["scale_grads"].flatten().tolist() == pytest.approx([1.0, 1.0, 1.0, 1.5, 0.0])
+            assert state["exp_avg_sq"][0, 0].item() == pytest.approx(0.02 * (0.98**3 + 0.98**2 + 0.98 + used**2))
+
     def test_each_group_has_its_own(self):
         calm, wild = parameters((3,), (4,))
         optimiser = ScaledAdam([{"params": [calm]}, {"params": [wild]}], lr=0.0, clipping_scale=2.0, clipping_update_period=3)
