@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['whitening_metric', 'whitening_gradient', 'Whiten', 'FirstWhiten']
 
-# %% ../../nbs/zipformer/19_whitening.ipynb #fe569f8d
+# %% ../../nbs/zipformer/19_whitening.ipynb #ed4fc35a
 import random
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .scaling import FloatLike
 
-# %% ../../nbs/zipformer/19_whitening.ipynb #c99a1b69
+# %% ../../nbs/zipformer/19_whitening.ipynb #35b53fc0
 def _sums(x: Float[Tensor, "frames channels"], num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Centred frames (groups, frames, size), matrices of sums (groups, size, size), mean square and mean of their eigenvalues."""
     n_frames, channels = x.shape
@@ -43,7 +43,7 @@ def whitening_metric(x: Float[Tensor, "*frames channels"], num_groups: int = 1) 
     _, _, square, mean = _sums(x.reshape(-1, x.shape[-1]).float(), num_groups)
     return square / (mean * mean + 1e-20)
 
-# %% ../../nbs/zipformer/19_whitening.ipynb #a5ae2e14
+# %% ../../nbs/zipformer/19_whitening.ipynb #d42a11ab
 def whitening_gradient(x: Float[Tensor, "*frames channels"], num_groups: int = 1) -> tuple[Float[Tensor, ""], Float[Tensor, "*frames channels"]]:
     """The whitening metric and its gradient with respect to x.
 
@@ -75,7 +75,7 @@ def _nudged(grad: Tensor, hint: Tensor, grad_scale: float) -> Tensor:
     wide = grad.to(hint.dtype)
     return hint.mul_(grad_scale * (wide.norm() / (size + 1e-20))).add_(wide).to(grad.dtype)
 
-# %% ../../nbs/zipformer/19_whitening.ipynb #112ffb4a
+# %% ../../nbs/zipformer/19_whitening.ipynb #27b8e6db
 class _WhitenFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, module, limit):
