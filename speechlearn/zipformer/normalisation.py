@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['rms_norm', 'basic_norm', 'bias_norm', 'limit_param_value', 'BasicNorm', 'BiasNorm']
 
-# %% ../../nbs/zipformer/16_normalisation.ipynb #833058b5
+# %% ../../nbs/zipformer/16_normalisation.ipynb #604a844f
 import math
 import random
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/zipformer/16_normalisation.ipynb #b3a30f81
+# %% ../../nbs/zipformer/16_normalisation.ipynb #9d5ed3ba
 def rms_norm(x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
     """x divided by its root mean square.
 
@@ -50,7 +50,7 @@ def bias_norm(x: Float[Tensor, "*shape"], bias: Float[Tensor, "*channels"], log_
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return (wide * ((wide - bias).square().mean(dim=dim, keepdim=True).rsqrt() * log_scale.exp())).to(x.dtype)
 
-# %% ../../nbs/zipformer/16_normalisation.ipynb #6ecd32b5
+# %% ../../nbs/zipformer/16_normalisation.ipynb #345c5503
 class _BiasNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, log_scale, dim, store_output):
@@ -76,7 +76,7 @@ class _BiasNorm(torch.autograd.Function):
         grad_log_scale = (pull * scale).sum() if ctx.needs_input_grad[2] else None
         return grad_x, grad_bias, grad_log_scale, None, None
 
-# %% ../../nbs/zipformer/16_normalisation.ipynb #b261d1db
+# %% ../../nbs/zipformer/16_normalisation.ipynb #c00eb859
 class _LimitParamValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, minimum, maximum):
@@ -109,7 +109,7 @@ def limit_param_value(x: Float[Tensor, "*shape"], min: float, max: float, prob: 
         return _LimitParamValue.apply(x, min, max)
     return x
 
-# %% ../../nbs/zipformer/16_normalisation.ipynb #1a49a46b
+# %% ../../nbs/zipformer/16_normalisation.ipynb #e7b27655
 class BasicNorm(nn.Module):
     """`basic_norm` with a learnt ε: the norm of the first Zipformer.
 
