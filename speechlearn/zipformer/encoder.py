@@ -197,7 +197,7 @@ def chunk_attention_mask(n_frames: int, chunk_size: int, left_context_chunks: in
     hidden = key > query
     return hidden if left_context_chunks < 0 else hidden | (key < query - left_context_chunks)
 
-# %% ../../nbs/zipformer/24b_encoder.ipynb #cf2608b0
+# %% ../../nbs/zipformer/24b_encoder.ipynb #eaa56fb0
 def _for_each(values, n_stacks: int, name: str) -> tuple:
     values = (values,) if isinstance(values, int) else tuple(values)
     if len(values) == 1:
@@ -229,7 +229,7 @@ class Zipformer2(nn.Module):
 
     A single number stands for all stacks.
 
-    Raises: ValueError: lists of different lengths; more unmasked channels than channels; another output factor.
+    Raises: ValueError: lists of different lengths; more unmasked channels than channels; another output factor; chunks of 0 frames.
 
     Source: Yao et al., “Zipformer”, 2024, section 3.1 and table 1; icefall, `zipformer/zipformer.py`. Chapter: zipformer/24b_encoder.
     """
@@ -269,6 +269,8 @@ class Zipformer2(nn.Module):
         self.cnn_module_kernel = each(cnn_module_kernel, "cnn_module_kernel")
         pos_head_dim, feedforward_dim = each(pos_head_dim, "pos_head_dim"), each(feedforward_dim, "feedforward_dim")
         self.causal, self.chunk_size, self.left_context_frames = causal, tuple(chunk_size), tuple(left_context_frames)
+        if not self.chunk_size or not self.left_context_frames or any(size == 0 or size < -1 for size in self.chunk_size):
+            raise ValueError(f"chunk_size {list(self.chunk_size)} and left_context_frames {list(self.left_context_frames)} need an entry each; a chunk has 1 frame or more, and −1 means no chunks")
 
         stacks = []
         for i, ds in enumerate(self.downsampling_factor):
@@ -300,16 +302,17 @@ class Zipformer2(nn.Module):
         left_context_frames = random.choice(self.left_context_frames)
         return chunk_size, -1 if left_context_frames < 0 else max(1, left_context_frames // chunk_size)
 
-    def _attention_mask(self, x, chunk_size, left_context_chunks):
-        if chunk_size <= 0:
-            return None
+    def _check_chunks(self, chunk_size, left_context_chunks):
         for ds, kernel in zip(self.downsampling_factor, self.cnn_module_kernel):
             if chunk_size % ds:
                 raise ValueError(f"a chunk of {chunk_size} frames is no multiple of the downsampling factor {ds}")
             if 0 <= left_context_chunks and chunk_size * left_context_chunks < kernel // 2 * ds:
-                raise ValueError(
-                    f"{left_context_chunks} chunks of {chunk_size} frames to the left are fewer than the {kernel // 2 * ds} frames that a convolution with the kernel {kernel} at 1/{ds} of the rate looks back"
-                )
+                raise ValueError(f"the left context is {left_context_chunks} × {chunk_size} frames, but a convolution with the kernel {kernel} at 1/{ds} of the rate looks back {kernel // 2 * ds}")
+
+    def _attention_mask(self, x, chunk_size, left_context_chunks):
+        if chunk_size == -1:
+            return None
+        self._check_chunks(chunk_size, left_context_chunks)
         return chunk_attention_mask(len(x), chunk_size, left_context_chunks, device=x.device)
 
     def forward(
@@ -340,7 +343,10 @@ class Zipformer2(nn.Module):
         return self.downsample_output(latest_of_each_channel(outputs)), (x_lens + 1) // 2
 
     def get_init_states(self, batch_size: int = 1, device: torch.device | str = "cpu") -> list[Tensor]:
-        """Empty states for a stream: six tensors for each layer, in the order of the layers."""
+        """Empty states for a stream: six tensors for each layer, in the order of the layers.
+
+        Raises: ValueError: not one chunk size and one left context; a left context that is no multiple of the chunk; a chunk that does not fit.
+        """
         self._for_streaming()
         states = []
         for i, ds in enumerate(self.downsampling_factor):
@@ -356,6 +362,10 @@ class Zipformer2(nn.Module):
             raise ValueError(
                 f"a stream needs a causal encoder with one chunk size and one left context, e.g. causal=True, chunk_size=[16], left_context_frames=[64]; this one has causal={self.causal}, {list(self.chunk_size)}, {list(self.left_context_frames)}"
             )
+        (chunk_size,), (left,) = self.chunk_size, self.left_context_frames
+        if left % chunk_size:
+            raise ValueError(f"left_context_frames is {left}; a stream needs a multiple of its chunk_size, {chunk_size}")
+        self._check_chunks(chunk_size, left // chunk_size)
 
     def streaming_forward(
         self, x: Float[Tensor, "frames batch channels"], x_lens: Int[Tensor, "batch"], states: list[Tensor], src_key_padding_mask: Bool[Tensor, "batch both"]
