@@ -4,7 +4,7 @@
 __all__ = ['FeedforwardModule', 'ConvolutionModule', 'PoolingModule', 'subsampled_lengths', 'encoder_lengths', 'ConvNeXt',
            'Conv2dSubsampling', 'FirstConv2dSubsampling']
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #cca2de9e
+# %% ../../nbs/zipformer/21_convolution.ipynb #e9af2b67
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .normalisation import BiasNorm
 from .scaling import ChunkCausalDepthwiseConv1d, Dropout3, FloatLike, Identity, ScaledConv2d, ScaledLinear, ScaleGrad, ScheduledFloat
 from .whitening import Whiten
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #e5d787e1
+# %% ../../nbs/zipformer/21_convolution.ipynb #aafa4311
 def _whiten(limit: float, ratio: float = 2.0, groups: int = 1, grad_scale: float = 0.01) -> Whiten:
     """A whitener with the recipe's habits: its limit grows by `ratio` over 20,000 batches."""
     return Whiten(num_groups=groups, whitening_limit=ScheduledFloat((0.0, limit), (20000.0, ratio * limit), default=limit), prob=(0.025, 0.25), grad_scale=grad_scale)
@@ -42,7 +42,7 @@ class FeedforwardModule(nn.Module):
     def forward(self, x: Float[Tensor, "frames batch channels"]) -> Float[Tensor, "frames batch channels"]:
         return self.out_whiten(self.out_proj(self.hidden_balancer(self.in_proj(x))))
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #2cebe0b2
+# %% ../../nbs/zipformer/21_convolution.ipynb #88e0f389
 class ConvolutionModule(nn.Module):
     """A gate, a depthwise convolution over time, SwooshR and a linear layer.
 
@@ -111,7 +111,7 @@ class ConvolutionModule(nn.Module):
         x, cache = self.depthwise_conv.streaming_forward(self._gated(x, src_key_padding_mask), cache=cache)
         return self.out_proj(x.permute(2, 0, 1)), cache
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #61786715
+# %% ../../nbs/zipformer/21_convolution.ipynb #df10d2ac
 class PoolingModule(nn.Module):
     """The mean over all real frames, through one matrix; of length 1, to be added to every frame. Part of the first Zipformer.
 
@@ -135,7 +135,7 @@ class PoolingModule(nn.Module):
             weights = (real / real.sum(dim=1, keepdim=True)).T[:, :, None]
         return self.proj((x * weights).sum(dim=0, keepdim=True))
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #b1934514
+# %% ../../nbs/zipformer/21_convolution.ipynb #b949a0a0
 def subsampled_lengths(lengths: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
     """Frames that the front end leaves: `(n − 7) // 2`.
 
@@ -156,7 +156,7 @@ def encoder_lengths(lengths: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
     """Frames at the end of a Zipformer, whose last step halves them once more: `((n − 7) // 2 + 1) // 2`. Chapter: zipformer/21_convolution."""
     return (subsampled_lengths(lengths) + 1) // 2
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #d3e0ece4
+# %% ../../nbs/zipformer/21_convolution.ipynb #8641e223
 class ConvNeXt(nn.Module):
     """A depthwise convolution of a picture, two pointwise ones with SwooshL between, added to the input.
 
@@ -209,7 +209,7 @@ class ConvNeXt(nn.Module):
         y = self.pointwise_conv2(self.activation(self.pointwise_conv1(y)))
         return x[:, :, :n_out] + y, joined[:, :, n_out : n_out + ahead]
 
-# %% ../../nbs/zipformer/21_convolution.ipynb #8239708f
+# %% ../../nbs/zipformer/21_convolution.ipynb #f31786f9
 class Conv2dSubsampling(nn.Module):
     """Features to embeddings at half the frame rate: three convolutions, ConvNeXt, a linear layer and a norm.
 
