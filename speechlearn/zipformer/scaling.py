@@ -5,14 +5,14 @@ __all__ = ['FloatLike', 'ScaledLinear', 'ScaledConv1d', 'ScaledConv2d', 'Piecewi
            'effective_batch_count', 'with_loss', 'penalize_abs_values_gt', 'ScaleGrad', 'Identity', 'SoftmaxFunction',
            'softmax', 'Dropout2', 'Dropout3', 'convert_num_channels', 'CutoffEstimator', 'ChunkCausalDepthwiseConv1d']
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #8ba7e77f
+# %% ../../nbs/zipformer/17_scaling.ipynb #4de50a25
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #37a05750
+# %% ../../nbs/zipformer/17_scaling.ipynb #4710d1a6
 def _scaled(layer, initial_scale: float):
     with torch.no_grad():
         layer.weight.mul_(initial_scale)
@@ -38,7 +38,7 @@ def ScaledConv2d(*args, initial_scale: float = 1.0, **kwargs) -> nn.Conv2d:
     """An `nn.Conv2d` that starts as `ScaledLinear` does. Chapter: zipformer/17_scaling."""
     return _scaled(nn.Conv2d(*args, **kwargs), initial_scale)
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #47f24c95
+# %% ../../nbs/zipformer/17_scaling.ipynb #c5e63984
 class PiecewiseLinear:
     """A function of one number: straight lines between given points, constant outside.
 
@@ -113,7 +113,7 @@ class PiecewiseLinear:
             xs = sorted({*xs, *found})
         return [(x, self(x)) for x in xs], [(x, other(x)) for x in xs]
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #8b75ca39
+# %% ../../nbs/zipformer/17_scaling.ipynb #6c5e3c7d
 class ScheduledFloat(nn.Module):
     """A number that follows a `PiecewiseLinear` of the training step; read it with `float(...)`.
 
@@ -187,7 +187,7 @@ def effective_batch_count(batches: int, *, seconds_per_batch: float | int, refer
     """
     return batches * seconds_per_batch / reference_seconds
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #76fd376f
+# %% ../../nbs/zipformer/17_scaling.ipynb #dd677b0e
 class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
@@ -218,9 +218,11 @@ def penalize_abs_values_gt(x: Float[Tensor, "*shape"], limit: float | int, penal
 
     Source: icefall, `zipformer/scaling.py`. Chapter: zipformer/17_scaling.
     """
-    return with_loss(x, penalty * (x.abs() - limit).relu())
+    values = x.detach()
+    signs = (values.sign() * (values.abs() > limit)).to(torch.int8)  # one byte for each number: all that the backward needs
+    return with_loss(x, penalty * (signs * x))
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #11402af9
+# %% ../../nbs/zipformer/17_scaling.ipynb #7abf961c
 class _ScaleGradFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha):
@@ -334,7 +336,7 @@ class CutoffEstimator:
             self.cutoff = abs(delta) * x + (1 - abs(delta)) * self.cutoff
         return above
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #400b9fca
+# %% ../../nbs/zipformer/17_scaling.ipynb #18a8e149
 class ChunkCausalDepthwiseConv1d(nn.Module):
     """A depthwise convolution that looks back freely, and ahead only within its chunk.
 
