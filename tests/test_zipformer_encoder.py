@@ -447,6 +447,14 @@ class TestEvaluation:
             alone, _ = encoder(x[:n, i : i + 1], lengths[i : i + 1])
             torch.testing.assert_close(y[: n // 2, i : i + 1], alone)
 
+    def test_a_low_frame_is_padding_if_its_first_frame_is(self):
+        encoder, seen = made(), []
+        for stack in encoder.encoders:
+            getattr(stack, "encoder", stack).register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["src_key_padding_mask"].sum(dim=1).tolist()), with_kwargs=True)
+        lengths = torch.tensor([13, 9, 1])
+        encoder(frames(13, 3), lengths, torch.arange(13) >= lengths[:, None])
+        assert seen == [[0, 4, 12], [0, 2, 6], [0, 1, 3], [0, 2, 6]]  # of 13, 7, 4 and 7 frames
+
     def test_other_lengths_leak_as_in_the_reference(self):
         encoder, x, lengths = made(), frames(24, 2).requires_grad_(), torch.tensor([24, 18])
         padding = torch.arange(24) >= lengths[:, None]
