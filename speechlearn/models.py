@@ -216,7 +216,7 @@ class AttentionDecoderModel(nn.Module):
         log_probs = self.decoder(ys_in, lens, memory, memory_lens).log_softmax(dim=-1)
         return -log_probs.gather(2, ys_out.clamp(min=0)[..., None])[..., 0] * (ys_out != self.ignore_id)
 
-# %% ../nbs/zipformer/27_models.ipynb #6004c31c
+# %% ../nbs/zipformer/27_models.ipynb #8bcc56ea
 def consistency_loss(log_probs: Float[Tensor, "twice frames vocab"], lengths: Int[Tensor, "twice"]) -> Float[Tensor, ""]:
     """How unlike the two halves of a batch are, frame by frame, in both directions; summed.
 
@@ -226,7 +226,7 @@ def consistency_loss(log_probs: Float[Tensor, "twice frames vocab"], lengths: In
 
     Raises: ValueError: an odd number of rows, or halves of different lengths.
 
-    Source: Yao et al., “CR-CTC: consistency regularization on CTC”, 2024. Chapter: zipformer/27_models.
+    Source: Yao et al., “CR-CTC: consistency regularization on CTC”, 2025. Chapter: zipformer/27_models.
     """
     if len(log_probs) % 2 or not torch.equal(*lengths.chunk(2)):
         raise ValueError(f"expected two halves of equal lengths, got {len(log_probs)} rows with the lengths {lengths.tolist()}")

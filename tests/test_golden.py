@@ -652,8 +652,8 @@ def run_ctc_model(case):
     g, model = case.tensors, prepared(case, asr_model_of(case))
     model.ctc_output[0].p = 0.0
     x = g["x"].clone().requires_grad_()
-    with pinned(case):
-        torch.rand = lambda *shape, **_: torch.full(shape[0] if isinstance(shape[0], tuple) else shape, 0.75)  # nothing is masked
+    with pinned(case), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape[0] if isinstance(shape[0], tuple) else shape, 0.75))  # nothing is masked
         out, lens = model.forward_encoder(x, g["x_lens"])
         loss = model.forward_ctc(out, lens, padded_targets(g), g["target_lengths"])
         # The stored gradients rest on torch's CTC in 32 bits, which is further from 64 bits than ours (chapter 13). So that the model is compared and not these
