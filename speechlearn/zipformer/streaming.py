@@ -47,7 +47,7 @@ def latency_ms(chunk_size: int) -> tuple[float, float, float]:
     ahead = 120.0 + 25.0  # twelve frames of 10 ms beyond the chunk, and the length of the last one
     return ahead, ahead + 10.0 * chunk_size, ahead + 20.0 * chunk_size
 
-# %% ../../nbs/zipformer/26_streaming.ipynb #12a115b7
+# %% ../../nbs/zipformer/26_streaming.ipynb #e778200b
 @dataclass(frozen=True)
 class StreamState:
     """What a stream remembers; for several streams side by side.
@@ -85,17 +85,18 @@ class StreamingEncoder:
     """
 
     def __init__(self, front_end: Conv2dSubsampling, encoder: Zipformer2):
-        encoder.get_init_states(1)  # says what is missing
+        encoder.get_init_states(1)  # says what is missing, or does not fit
         self.front_end, self.encoder = front_end.eval(), encoder.eval()
         self.chunk_size, self.left_context = encoder.chunk_size[0], encoder.left_context_frames[0]
         self.window, self.hop = chunk_frames(self.chunk_size)
-        if any(self.chunk_size % ds or self.left_context % ds for ds in encoder.downsampling_factor):
-            raise ValueError(f"chunk_size ({self.chunk_size}) and left context ({self.left_context}) must be multiples of all downsampling factors {encoder.downsampling_factor}")
-        if self.left_context % self.chunk_size:
-            raise ValueError(f"the left context of {self.left_context} steps is no multiple of the chunk of {self.chunk_size}; a mask counts whole chunks, a cache counts steps")
 
     def start(self, n_streams: int = 1, *, bins: int = 80, device: torch.device | str = "cpu") -> StreamState:
-        """The state before the first sound."""
+        """The state before the first sound.
+
+        Raises: ValueError: bins that the front end was not made for.
+        """
+        if ((bins - 1) // 2 - 1) // 2 != self.front_end.out_width:
+            raise ValueError(f"{bins} bins do not fit this front end, which leaves {self.front_end.out_width} bands of what it gets; call start(bins=...) with the bins of your features")
         return StreamState(
             waiting=torch.zeros(n_streams, 0, bins, device=device), front_end=self.front_end.get_init_states(n_streams, device),
             encoder=tuple(self.encoder.get_init_states(n_streams, device)), processed=torch.zeros(n_streams, dtype=torch.long, device=device), received=torch.zeros(n_streams, dtype=torch.long, device=device),
@@ -107,10 +108,12 @@ class StreamingEncoder:
 
         Returns: what the encoder has to say by now, at 25 frames a second, perhaps nothing; and the new state. The old state stays valid.
 
-        Raises: ValueError: features for another number of streams, or with NaN.
+        Raises: ValueError: features for another number of streams or bins, or with NaN.
         """
         if len(features) != len(state):
             raise ValueError(f"the state is of {len(state)} stream(s), the features are of {len(features)}")
+        if features.shape[2] != state.waiting.shape[2]:
+            raise ValueError(f"the state is for {state.waiting.shape[2]} bins, the features have {features.shape[2]}")
         if not features.isfinite().all():
             raise ValueError("the features hold NaN or infinite numbers; from then on every output of the stream would be NaN")
         waiting, received, pieces = torch.cat([state.waiting, features], dim=1), state.received + features.shape[1], []
