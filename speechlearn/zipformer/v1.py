@@ -5,7 +5,7 @@ __all__ = ['RelPositionalEncoding', 'RelPositionMultiheadAttention', 'Feedforwar
            'dynamic_dropout', 'ZipformerEncoderLayer', 'layer_drop_probability', 'layers_to_drop', 'ZipformerEncoder',
            'DownsampledZipformerEncoder', 'skip_layers', 'Zipformer', 'first_zipformer_config']
 
-# %% ../../nbs/zipformer/25_first_version.ipynb #a1a2833e
+# %% ../../nbs/zipformer/25_first_version.ipynb #bf58685a
 import copy
 import itertools
 import math
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from .activations import DoubleSwish
 from .attention import offsets_to_keys
 from .balancer import ActivationBalancer
-from .convolution import FirstConv2dSubsampling, PoolingModule
+from .convolution import FirstConv2dSubsampling, PoolingModule, subsampled_lengths
 from .normalisation import BasicNorm
 from .resampling import AttentionDownsample, FirstSimpleUpsample, SimpleCombiner
 from .scaling import ScaledConv1d, ScaledLinear, penalize_abs_values_gt, softmax
 from .whitening import FirstWhiten
 
-# %% ../../nbs/zipformer/25_first_version.ipynb #1b452847
+# %% ../../nbs/zipformer/25_first_version.ipynb #0f7cd4c6
 class RelPositionalEncoding(nn.Module):
     """Sinusoids of the offset query minus key, from T − 1 down to −(T − 1).
 
@@ -47,17 +47,20 @@ class RelPositionalEncoding(nn.Module):
         self.pe = self._table(max_len)
 
     def _table(self, max_len: int) -> Tensor:
-        offsets = torch.arange(max_len - 1.0, -max_len, -1.0)
-        angle = offsets[:, None] * torch.exp(torch.arange(0.0, self.d_model, 2) * (-math.log(10000.0) / self.d_model))
+        offsets = torch.arange(max_len - 1.0, -max_len, -1.0, device="cpu", dtype=torch.float32)
+        angle = offsets[:, None] * torch.exp(torch.arange(0.0, self.d_model, 2, device="cpu", dtype=torch.float32) * (-math.log(10000.0) / self.d_model))
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(start_dim=1)[None]
+
+    @torch.inference_mode(False)  # what grew while decoding serves training, too
+    def _make_room(self, n_frames: int) -> None:
+        if n_frames > (self.pe.shape[1] + 1) // 2:
+            self.pe = self._table(2 * n_frames).to(self.pe.device)
 
     def forward(self, x: Float[Tensor, "frames *rest"]) -> Float[Tensor, "1 offsets d_model"]:
         """The rows for as many frames as x has."""
-        if len(x) > (self.pe.shape[1] + 1) // 2:
-            self.pe = self._table(2 * len(x))
-        self.pe = self.pe.to(device=x.device, dtype=x.dtype)
+        self._make_room(len(x))
         zero = self.pe.shape[1] // 2
-        return self.dropout(self.pe[:, zero - len(x) + 1 : zero + len(x)])
+        return self.dropout(self.pe[:, zero - len(x) + 1 : zero + len(x)].to(device=x.device, dtype=x.dtype))
 
 # %% ../../nbs/zipformer/25_first_version.ipynb #6349573e
 def _to_heads(x: Float[Tensor, "frames batch channels"], n_heads: int) -> Float[Tensor, "batch heads frames d_head"]:
@@ -196,7 +199,7 @@ class ConvolutionModule(nn.Module):
             x = x.masked_fill(src_key_padding_mask[:, None, :], 0.0)
         return self.pointwise_conv2(self.activation(self.deriv_balancer2(self.depthwise_conv(x)))).permute(2, 0, 1)
 
-# %% ../../nbs/zipformer/25_first_version.ipynb #cf8eab72
+# %% ../../nbs/zipformer/25_first_version.ipynb #2f89d764
 def bypass_minimum(batch_count: float | int) -> float:
     """Lower end of the bypass scale: 0.75, falling to 0.25 within 20,000 batches. Chapter: zipformer/25_first_version."""
     return 0.75 + (0.25 - 0.75) * min(batch_count / 20000.0, 1.0)
@@ -248,7 +251,7 @@ class ZipformerEncoderLayer(nn.Module):
         src_mask: Shaped[Tensor, "*batch_heads frames frames"] | None = None,
         src_key_padding_mask: Bool[Tensor, "batch frames"] | None = None,
     ) -> Float[Tensor, "frames batch channels"]:
-        """The ten steps. Arguments as in `RelPositionMultiheadAttention`."""
+        """The steps of the chapter's table. Arguments as in `RelPositionMultiheadAttention`."""
         rate = dynamic_dropout(self.batch_count)
         used = lambda: not self.training or random.random() >= rate
         x = src + self.feed_forward1(src)
@@ -268,7 +271,7 @@ class ZipformerEncoderLayer(nn.Module):
         x = self.norm_final(self.balancer(x + self.feed_forward3(x)))
         return self.whiten(src + (x - src) * self.get_bypass_scale())
 
-# %% ../../nbs/zipformer/25_first_version.ipynb #0bf575de
+# %% ../../nbs/zipformer/25_first_version.ipynb #404bea1a
 def layer_drop_probability(batch_count: float | int, warmup_begin: float | int, warmup_end: float | int) -> float:
     """Probability that a layer of the first Zipformer is left out. Chapter: zipformer/25_first_version."""
     if batch_count == 0:
@@ -321,7 +324,7 @@ class ZipformerEncoder(nn.Module):
     def __init__(self, encoder_layer: nn.Module, num_layers: int, dropout: float, warmup_begin: float | int, warmup_end: float | int):
         super().__init__()
         self.batch_count, self.num_layers = 0, num_layers
-        self.module_seed = int(torch.randint(0, 1000, ()))
+        self.module_seed = int(torch.randint(0, 1000, (), device="cpu"))
         self.encoder_pos = RelPositionalEncoding(encoder_layer.d_model, dropout)
         self.layers = nn.ModuleList([copy.deepcopy(encoder_layer) for _ in range(num_layers)])
         begin, part = warmup_begin, (1.0 / num_layers) * (warmup_end - warmup_begin)
@@ -384,7 +387,7 @@ class DownsampledZipformerEncoder(nn.Module):
         low = self.encoder(self.downsample(src), feature_mask=feature_mask, mask=None if mask is None else mask[..., ::ds, ::ds], src_key_padding_mask=src_key_padding_mask)
         return self.out_combiner(src, self.upsample(low)[: len(src)])
 
-# %% ../../nbs/zipformer/25_first_version.ipynb #c0853247
+# %% ../../nbs/zipformer/25_first_version.ipynb #8bc88026
 def skip_layers(factors: Sequence[int]) -> list[int | None]:
     """For each stack the earlier stack that is mixed into its input, or None.
 
@@ -494,7 +497,7 @@ class Zipformer(nn.Module):
         Raises: ValueError: lengths that do not fit.
         """
         x = self.encoder_embed(x).transpose(0, 1)
-        lengths = (x_lens - 7) // 2
+        lengths = subsampled_lengths(x_lens)
         if len(x) != int(lengths.max()):
             raise ValueError(f"the longest of x_lens is {int(x_lens.max())}, but the features have {2 * len(x) + 7} or {2 * len(x) + 8} frames; cut the batch to its longest utterance")
         padding = torch.arange(len(x), device=x.device) >= lengths[:, None]
