@@ -398,7 +398,7 @@ def make_asr_model(
     front_end = Conv2dSubsampling(n_bins, config["encoder_dim"][0], dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1)))
     return AsrModel(front_end, Zipformer2(**config), max(config["encoder_dim"]), vocab_size, use_transducer=use_transducer, use_ctc=use_ctc, use_attention_decoder=use_attention_decoder)
 
-# %% ../nbs/zipformer/27_models.ipynb #c2f14f51
+# %% ../nbs/zipformer/27_models.ipynb #7086ab3f
 def load_reference(source: str | os.PathLike | Mapping[str, Tensor], model: AsrModel, *, which: str = "model") -> AsrModel:
     """Put weights of the reference (icefall, or the package `zipformer`) into a model.
 
@@ -409,12 +409,15 @@ def load_reference(source: str | os.PathLike | Mapping[str, Tensor], model: AsrM
 
     Returns: the model, in evaluation mode.
 
-    Raises: ValueError: names or shapes that do not fit (the message says what that suggests), a file without weights. FileNotFoundError: no such file.
+    Raises: ValueError: names or shapes that do not fit (the message says what that suggests), a file or a part without weights, NaN. FileNotFoundError: no such file.
 
     Chapter: zipformer/27_models.
     """
-    state = _read_weights(source, which) if not isinstance(source, Mapping) else source
-    state = state.get(which, state)
+    state = _read_weights(source) if not isinstance(source, Mapping) else source
+    if any(isinstance(value, Mapping) for value in state.values()):  # a training checkpoint, of several parts
+        if not isinstance(state.get(which), Mapping):
+            raise ValueError(f"there is no part {which!r} with weights; the parts are: {', '.join(map(str, state))}")
+        state = state[which]
     expected, found = model.state_dict(), {name.removeprefix("module."): tensor for name, tensor in state.items()}
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     other = [f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}" for name in expected if name in found and expected[name].shape != found[name].shape]
@@ -427,7 +430,7 @@ def load_reference(source: str | os.PathLike | Mapping[str, Tensor], model: AsrM
     return model.eval()
 
 
-def _read_weights(path, which):
+def _read_weights(path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
@@ -438,7 +441,8 @@ def _read_weights(path, which):
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds, one meaning
-        raise ValueError(f"{str(path)!r} cannot be read as weights: {str(error).splitlines()[0]}. Expected a .safetensors file, or a .pt file that holds tensors and plain values only") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{str(path)!r} cannot be read as weights: {reason}. Expected a .safetensors file, or a .pt file that holds tensors and plain values only") from error
     if not isinstance(state, Mapping) or not any(isinstance(value, (Tensor, Mapping)) for value in state.values()):
         raise ValueError(f"{str(path)!r} holds no state dict, but {type(state).__name__}")
     return state
