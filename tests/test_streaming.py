@@ -250,6 +250,14 @@ class TestMemory:
             assert sum(held(state).values()) <= short + 8 * BINS * STREAM.window
         assert state.received.tolist() == [1800]
 
+    @pytest.mark.parametrize("n_frames", [300, 1205])
+    def test_one_long_piece_is_not_kept(self, n_frames):
+        """What waits are a few frames, and not a view of all that came; the caches are as small as after a short piece."""
+        _, state = send(STREAM, noise(n_frames))
+        assert state.waiting.untyped_storage().nbytes() == 8 * BINS * state.waiting.shape[1] <= 8 * BINS * STREAM.window
+        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors(state)[1:])
+        assert held == sum(tensor.untyped_storage().nbytes() for tensor in tensors(send(STREAM, noise(60))[1])[1:])
+
     def test_sizes_of_the_caches(self):
         state = STREAM.start(3, bins=BINS)
         shapes = [tuple(tensor.shape) for tensor in state.encoder[:6]]
@@ -295,6 +303,13 @@ class TestRefusals:
 
 
 class TestFrames:
+    def test_quiet_frames_are_those_of_silence(self):
+        """The end sounds as if features of log energy 1e-10 had been sent."""
+        features = noise(40)
+        sent = torch.cat([features, torch.full((1, 40, BINS), math.log(1e-10), dtype=torch.float64)], dim=1)
+        close(to_the_end(STREAM, features), send(STREAM, sent)[0][:, :8])
+        assert send(STREAM, features)[0].shape[1] == 4
+
     def test_the_reach_of_a_chunk(self):
         """The last feature frame that a chunk's steps depend on, found with gradients, is number 2c + 12."""
         front_end, _ = made()
