@@ -216,7 +216,7 @@ class AttentionDecoderModel(nn.Module):
         log_probs = self.decoder(ys_in, lens, memory, memory_lens).log_softmax(dim=-1)
         return -log_probs.gather(2, ys_out.clamp(min=0)[..., None])[..., 0] * (ys_out != self.ignore_id)
 
-# %% ../nbs/zipformer/27_models.ipynb #8bcc56ea
+# %% ../nbs/zipformer/27_models.ipynb #8eab7df5
 def consistency_loss(log_probs: Float[Tensor, "twice frames vocab"], lengths: Int[Tensor, "twice"]) -> Float[Tensor, ""]:
     """How unlike the two halves of a batch are, frame by frame, in both directions; summed.
 
@@ -231,7 +231,7 @@ def consistency_loss(log_probs: Float[Tensor, "twice frames vocab"], lengths: In
     if len(log_probs) % 2 or not torch.equal(*lengths.chunk(2)):
         raise ValueError(f"expected two halves of equal lengths, got {len(log_probs)} rows with the lengths {lengths.tolist()}")
     target = torch.cat(log_probs.detach().chunk(2)[::-1])
-    divergence = target.exp() * (target - log_probs)
+    divergence = torch.where(target == -math.inf, 0.0, target.exp() * (target - log_probs))  # 0 · log 0 counts as 0
     return divergence.masked_fill(is_padding(lengths, log_probs.shape[1])[..., None], 0.0).sum()
 
 # %% ../nbs/zipformer/27_models.ipynb #dbe63d01
@@ -398,8 +398,8 @@ def make_asr_model(
     front_end = Conv2dSubsampling(n_bins, config["encoder_dim"][0], dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1)))
     return AsrModel(front_end, Zipformer2(**config), max(config["encoder_dim"]), vocab_size, use_transducer=use_transducer, use_ctc=use_ctc, use_attention_decoder=use_attention_decoder)
 
-# %% ../nbs/zipformer/27_models.ipynb #7086ab3f
-def load_reference(source: str | os.PathLike | Mapping[str, Tensor], model: AsrModel, *, which: str = "model") -> AsrModel:
+# %% ../nbs/zipformer/27_models.ipynb #0a301b90
+def load_reference(source: str | os.PathLike | Mapping, model: AsrModel, *, which: str = "model") -> AsrModel:
     """Put weights of the reference (icefall, or the package `zipformer`) into a model.
 
     Args:

@@ -484,3 +484,14 @@ class TestNotLoading:
     def test_no_file(self, tmp_path, name):
         with pytest.raises(FileNotFoundError, match=f"there is no file '.*{name}'"):
             load_reference(tmp_path / name, tiny_model(use_ctc=True))
+
+
+def test_impossible_symbols_of_the_target_cost_nothing():
+    """0 · log 0 counts as 0, in the value and in the gradient."""
+    first = torch.tensor([[[1.0, 0.0]]]).log()
+    second = torch.tensor([[[0.5, 0.5]]]).log().requires_grad_()
+    one_way = consistency_loss(torch.cat([second, second]), torch.tensor([1, 1]))
+    assert one_way.item() == 0
+    x = torch.cat([second, first.clamp(min=-1e4)])
+    loss = consistency_loss(torch.cat([second, first]).detach().requires_grad_(), torch.tensor([1, 1]))
+    assert not loss.isnan() and x.isfinite().all()
