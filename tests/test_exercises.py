@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -143,13 +145,12 @@ def with_stubs_checked(notebook: dict) -> dict:
     return {**notebook, "cells": cells}
 
 
-@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
-def test_every_stub_fails_loudly_where_the_reader_meets_it(path, monkeypatch):
+def run_with_stubs(path: Path) -> str:
+    """Execute a notebook in which each check meets its stub first; the error, or nothing."""
     import nbformat
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
-    monkeypatch.setenv("SPEECHLEARN_QUICK", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = with_stubs_checked(json.loads(path.read_text(encoding="utf-8")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the machinery that runs kernels
@@ -157,7 +158,29 @@ def test_every_stub_fails_loudly_where_the_reader_meets_it(path, monkeypatch):
             nbformat.reads(json.dumps(notebook), as_version=4), timeout=240, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
             extra_arguments=["--IPKernelApp.log_level=40"],
         )
-        client.execute()
+        try:
+            client.execute(env={**os.environ, "SPEECHLEARN_QUICK": "1", "OMP_NUM_THREADS": "1"})
+        except CellExecutionError as error:
+            return str(error)
+    return ""
+
+
+STUBS = "test_every_stub_fails_loudly_where_the_reader_meets_it"
+
+
+@pytest.fixture(scope="session")
+def stub_runs(request):
+    """What `run_with_stubs` says of each notebook that this session tests, several notebooks at a time: one after the other they would take half of all tests' time."""
+    paths = [item.callspec.params["path"] for item in request.session.items if getattr(item, "originalname", "") == STUBS]
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        yield {path: pool.submit(run_with_stubs, path) for path in paths}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_every_stub_fails_loudly_where_the_reader_meets_it(path, stub_runs):
+    error = stub_runs[path].result()
+    assert not error, error
 
 
 def test_sources_may_be_lists_of_lines_as_in_a_file():
