@@ -658,6 +658,7 @@ def run_ctc_model(case):
         loss = model.forward_ctc(out, lens, padded_targets(g), g["target_lengths"])
         # The stored gradients rest on torch's CTC in 32 bits, which is further from 64 bits than ours (chapter 13). So that the model is compared and not these
         # roundings, the gradient comes from torch's here; tests/test_ctc.py compares the two losses and their gradients in 64 bits.
+        (ours,) = torch.autograd.grad(loss, x, retain_graph=True)
         theirs = torch.nn.functional.ctc_loss(model.ctc_output(out).transpose(0, 1), g["targets"], lens, g["target_lengths"], blank=0, reduction="sum")
         theirs.backward()
     case.compare("the encoder's output", out, g["encoder_out"], OUTPUT, "output")
@@ -666,6 +667,7 @@ def run_ctc_model(case):
     case.compare("the loss", loss[None], g["ctc_loss"], OUTPUT, "output")
     if "grad_input" in g:
         case.compare("the gradient of the features", x.grad, g["grad_input"], OUTPUT, "grad input")
+        assert (ours - x.grad).abs().max() < PARAMETER * x.grad.abs().max(), "the gradient of our own CTC loss"
     parameters = dict(model.named_parameters())
     for name, stored in case.group("grads.").items():
         case.compare(f"the gradient of {name}", parameters[name].grad, stored, PARAMETER, "grad params")
