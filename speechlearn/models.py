@@ -51,7 +51,7 @@ class BalancedDecoder(Decoder):
             raise ValueError(f"without padding the predictor needs exactly {self.context_size} symbols, got {y.shape[1]}")
         return self.balancer2(F.relu(self.conv(x.transpose(1, 2)).transpose(1, 2)))
 
-# %% ../nbs/zipformer/27_models.ipynb #ce84fa39
+# %% ../nbs/zipformer/27_models.ipynb #4882099f
 class MultiHeadAttention(nn.Module):
     """Attention with sizes of its own for queries and for keys and values.
 
@@ -143,10 +143,14 @@ class TransformerDecoder(nn.Module):
             y_lens: how many are real.
             memory: the encoder's output.
             memory_lens: real frames of it.
+
+        Raises: ValueError: no real frame, or more than there are.
         """
-        n = y.shape[1]
+        n, frames = y.shape[1], memory.shape[1]
+        if int(memory_lens.min()) < 1 or int(memory_lens.max()) > frames:
+            raise ValueError(f"memory_lens is {memory_lens.tolist()} for {frames} frames; without a frame to look at every output would be NaN, expected 1 to {frames}")
         hidden = is_padding(y_lens, n)[:, None] | ~causal_mask(n, device=y.device)
-        memory_hidden = is_padding(memory_lens, memory.shape[1])[:, None]
+        memory_hidden = is_padding(memory_lens, frames)[:, None]
         dim = self.embed.embedding_dim
         x = self.dropout(self.embed(y) * math.sqrt(dim) + sinusoidal_table(n, dim).to(memory))
         for layer in self.layers:
