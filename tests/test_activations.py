@@ -14,6 +14,7 @@ from speechlearn.zipformer.activations import (
     swoosh_r, swoosh_r_slope,
 )
 from speechlearn.zipformer.scaling import ScheduledFloat
+from zipformer_tools import randn
 
 # Module, function, slope from (x, y), range of the byte.
 KINDS = {
@@ -31,10 +32,6 @@ def kind(request):
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
 def kept(function):

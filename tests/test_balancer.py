@@ -1,7 +1,6 @@
 """Balancers: the gradient against autograd of the loss as it is written, directions, probabilities, extreme inputs."""
 import copy
 import math
-import random
 
 import pytest
 import torch
@@ -10,31 +9,9 @@ from hypothesis import strategies as st
 
 from speechlearn.zipformer.balancer import ActivationBalancer, Balancer, acting_probability, correction_line, mean_over_stddev_of_share, rms_of_mean_abs
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
+from zipformer_tools import draws, gradient, randn
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def draws(monkeypatch, *values):
-    """Decisions draw these in turn, then the last one again; the list that comes back holds what was drawn."""
-    drawn = []
-
-    def draw():
-        drawn.append(values[min(len(drawn), len(values) - 1)])
-        return drawn[-1]
-
-    monkeypatch.setattr(random, "random", draw)
-    return drawn
-
-
-def gradient(module, x, g):
-    leaf = x.clone().requires_grad_()
-    y = module(leaf)
-    assert torch.equal(y, x), "a balancer never changes values"
-    return torch.autograd.grad(y, leaf, g)[0]
 
 
 def random_channels(*shape, channel_dim=-1, seed=0, dtype=torch.float64):

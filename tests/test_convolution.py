@@ -14,10 +14,7 @@ from speechlearn.zipformer.convolution import (
     Conv2dSubsampling, ConvNeXt, ConvolutionModule, FeedforwardModule, FirstConv2dSubsampling, PoolingModule, encoder_lengths, subsampled_lengths,
 )
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from zipformer_tools import randn
 
 
 def loud(module, seed=0):

@@ -10,12 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from speechlearn.zipformer.normalisation import BasicNorm, BiasNorm, _BiasNorm, basic_norm, bias_norm, limit_param_value, rms_norm
+from zipformer_tools import randn
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def draws(monkeypatch, value):

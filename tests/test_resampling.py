@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 
 from speechlearn.zipformer.resampling import AttentionCombine, AttentionDownsample, BypassModule, FirstSimpleUpsample, SimpleCombiner, SimpleDownsample, SimpleUpsample
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from zipformer_tools import randn
 
 
 def lively(module, seed=0):

@@ -16,12 +16,9 @@ from speechlearn.zipformer.scaling import (
     ChunkCausalDepthwiseConv1d, CutoffEstimator, Dropout2, Dropout3, Identity, PiecewiseLinear, ScaledConv1d, ScaledConv2d, ScaledLinear, ScaleGrad, ScheduledFloat, SoftmaxFunction,
     convert_num_channels, effective_batch_count, penalize_abs_values_gt, set_batch_count, softmax, with_loss,
 )
+from zipformer_tools import randn
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def kept(function):

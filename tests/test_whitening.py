@@ -10,35 +10,14 @@ from hypothesis import strategies as st
 
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
 from speechlearn.zipformer.whitening import FirstWhiten, Whiten, whitening_gradient, whitening_metric
+from zipformer_tools import draws, gradient, randn
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def crowded(*shape, seed=0, dtype=torch.float64):
     """Channels that mostly say the same."""
     return (randn(*shape, seed=seed) + 5 * randn(*shape[:-1], 1, seed=seed + 1) * randn(shape[-1], seed=seed + 2)).to(dtype)
-
-
-def draws(monkeypatch, *values):
-    drawn = []
-
-    def draw():
-        drawn.append(values[min(len(drawn), len(values) - 1)])
-        return drawn[-1]
-
-    monkeypatch.setattr(random, "random", draw)
-    return drawn
-
-
-def gradient(module, x, g):
-    leaf = x.clone().requires_grad_()
-    y = module(leaf)
-    assert torch.equal(y, x), "whitening never changes values"
-    return torch.autograd.grad(y, leaf, g)[0]
 
 
 def rotation(channels, seed):

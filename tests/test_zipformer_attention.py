@@ -13,13 +13,10 @@ from speechlearn.zipformer.attention import (
     CompactRelPositionalEncoding, NonlinAttention, RelPositionMultiheadAttentionWeights, SelfAttention, compact_angles, compact_encoding, offsets_to_keys,
 )
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
+from zipformer_tools import randn
 
 CHANNELS, POS_DIM = 6, 8
 QUERY, POS_QUERY = 5, 3  # numbers of a head; nowhere equal to another size
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def lively(module, seed=0):

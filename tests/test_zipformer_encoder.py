@@ -20,6 +20,7 @@ from speechlearn.zipformer.encoder import (
 )
 from speechlearn.zipformer.layer import Zipformer2EncoderLayer
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
+from zipformer_tools import frames, shaken
 
 LISTS = Path(__file__).parent / "golden" / "zipformer"
 TINY = dict(
@@ -30,22 +31,9 @@ LAYER = dict(pos_dim=8, num_heads=2, query_head_dim=5, pos_head_dim=3, value_hea
 SKIPPING = ("attention_skip_rate", "conv_skip_rate", "ff2_skip_rate", "ff3_skip_rate", "const_attention_rate", "skip_rate")
 
 
-def shaken(module, seed=0, scale=0.15):
-    """A module whose projections are no longer small, in 64 bits."""
-    module, generator = module.double(), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return module
-
-
 def made(**changes):
     torch.manual_seed(0)
     return shaken(Zipformer2(**TINY | changes)).eval()
-
-
-def frames(n_frames, batch=1, seed=1, dim=12):
-    return torch.randn(n_frames, batch, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def full(x):

@@ -19,6 +19,7 @@ from speechlearn.zipformer.v1 import (
     ConvolutionModule, DownsampledZipformerEncoder, FeedforwardModule, RelPositionalEncoding, RelPositionMultiheadAttention, Zipformer, ZipformerEncoder, ZipformerEncoderLayer,
     bypass_minimum, dynamic_dropout, first_zipformer_config, layer_drop_probability, layers_to_drop, skip_layers,
 )
+from zipformer_tools import randn
 
 STORED = Path(__file__).parent / "golden" / "zipformer_v1" / "recipe_state_dict.json"
 CHANNELS, ATTENTION, HEADS, POS = 10, 12, 2, 3  # head sizes: query 6, value 3, position 3
@@ -27,10 +28,6 @@ TINY = dict(
     num_features=12, encoder_dims=(8, 10, 10, 12), attention_dim=(8, 8, 16, 8), encoder_unmasked_dims=(4, 6, 10, 8), zipformer_downsampling_factors=(1, 2, 4, 2), nhead=(2,) * 4, feedforward_dim=(12,) * 4,
     num_encoder_layers=(1, 2, 1, 1), cnn_module_kernels=(5, 3, 5, 3), pos_dim=3,
 )
-
-
-def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def lively(module, seed=0, scale=0.3):

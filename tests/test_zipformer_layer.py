@@ -13,6 +13,7 @@ from speechlearn.optim import ScaledAdam
 from speechlearn.zipformer.attention import CompactRelPositionalEncoding
 from speechlearn.zipformer.layer import Zipformer2EncoderLayer
 from speechlearn.zipformer.scaling import ScheduledFloat, set_batch_count
+from zipformer_tools import frames, shaken
 
 SIZES = dict(embed_dim=12, pos_dim=8, num_heads=2, query_head_dim=5, pos_head_dim=3, value_head_dim=4, feedforward_dim=16, cnn_module_kernel=5)
 RATES = ["attention_skip_rate", "conv_skip_rate", "const_attention_rate", "ff2_skip_rate", "ff3_skip_rate", "bypass_skip_rate"]
@@ -26,22 +27,9 @@ SKIPS = {
 }
 
 
-def shaken(module, seed=0, scale=0.15):
-    """A module whose projections are no longer small, in 64 bits."""
-    module, generator = module.double(), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return module
-
-
 def made(**changes):
     torch.manual_seed(0)
     return shaken(Zipformer2EncoderLayer(**SIZES | changes))
-
-
-def frames(n_frames, batch=1, seed=1, dim=12):
-    return torch.randn(n_frames, batch, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def positions(x, left=0):
