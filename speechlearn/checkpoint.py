@@ -5,7 +5,7 @@ __all__ = ['RECOGNISERS', 'FORMAT', 'VERSION', 'CheckpointError', 'write_file', 
            'write_json', 'read_json', 'recogniser_class', 'recogniser_name', 'config_from_dict', 'rounded',
            'load_weights', 'save_checkpoint', 'Loaded', 'load_checkpoint', 'list_checkpoints', 'find_checkpoint']
 
-# %% ../nbs/workshop/checkpoint.ipynb #41253144
+# %% ../nbs/workshop/checkpoint.ipynb #fac21a69
 import contextlib
 import dataclasses
 import difflib
@@ -29,7 +29,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor, nn
 
-# %% ../nbs/workshop/checkpoint.ipynb #22063723
+# %% ../nbs/workshop/checkpoint.ipynb #42a83fa8
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; the text says which file, why, and what to do."""
 
@@ -74,7 +74,7 @@ def _sync_folder(folder):
         finally:
             os.close(handle)
 
-# %% ../nbs/workshop/checkpoint.ipynb #93b61e60
+# %% ../nbs/workshop/checkpoint.ipynb #c20f63a0
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor]) -> str:
     """Write named tensors to one safetensors file (atomically) and return the file's SHA-256.
 
@@ -125,7 +125,7 @@ def refuse_pickle(path: str | os.PathLike) -> None:
             "load_state_dict into your model, then speechlearn.checkpoint.save_checkpoint."
         )
 
-# %% ../nbs/workshop/checkpoint.ipynb #0eba99b4
+# %% ../nbs/workshop/checkpoint.ipynb #6cb37f41
 def write_json(path: str | os.PathLike, value: dict) -> None:
     """Write `value` as JSON (atomically). NaN and infinity are refused, as JSON has no such numbers.
 
@@ -168,12 +168,13 @@ def read_json(path: str | os.PathLike, *, format: str, version: int, needs: tupl
         raise CheckpointError(f"{path} is incomplete: it has no {', '.join(map(repr, missing))}.")
     return value
 
-# %% ../nbs/workshop/checkpoint.ipynb #44f139da
+# %% ../nbs/workshop/checkpoint.ipynb #19f17c96
 # name in checkpoints -> "module:Class" (imported only when needed) or the class itself
 RECOGNISERS: dict[str, str | type] = {
     "first-recogniser": "speechlearn.whole_game:FirstRecogniser",
     "speech-transformer": "speechlearn.speech_transformer.decoder:SpeechTransformer",
     "alignment-recogniser": "speechlearn.alignment.recogniser:AlignmentRecogniser",
+    "zipformer": "speechlearn.zipformer.recogniser:ZipformerRecogniser",
 }
 
 
@@ -218,7 +219,7 @@ def _nearest(name, names):
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
-# %% ../nbs/workshop/checkpoint.ipynb #f6a4f1fa
+# %% ../nbs/workshop/checkpoint.ipynb #d18fcf46
 def config_from_dict(config_class: type, values: object):
     """Build a config dataclass from a dict that went through JSON: lists become tuples, dicts become nested configs.
 
@@ -259,7 +260,7 @@ def _as_hinted(value, hint):
 def _deep_tuple(value):
     return tuple(map(_deep_tuple, value)) if isinstance(value, list) else value
 
-# %% ../nbs/workshop/checkpoint.ipynb #8b354322
+# %% ../nbs/workshop/checkpoint.ipynb #56255508
 def rounded(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """All floating-point tensors in `dtype`; integer and boolean ones are left alone.
 
@@ -287,7 +288,7 @@ def rounded(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
         result[name] = tensor
     return result
 
-# %% ../nbs/workshop/checkpoint.ipynb #77de32ad
+# %% ../nbs/workshop/checkpoint.ipynb #535591b1
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str = "the file") -> None:
     """Copy named tensors into a model, converting them to the model's number type. All or nothing.
 
@@ -316,7 +317,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str = 
         )
     model.load_state_dict(tensors, strict=False)  # strictness was checked above; extra state, if any, is not ours
 
-# %% ../nbs/workshop/checkpoint.ipynb #015ecb02
+# %% ../nbs/workshop/checkpoint.ipynb #03e42fc7
 FORMAT, VERSION = "speechlearn-recogniser", 1
 
 
@@ -405,7 +406,7 @@ def _build(name, config):
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{kind.__name__} cannot be built from the settings {config}: {error}") from error
 
-# %% ../nbs/workshop/checkpoint.ipynb #d615afcf
+# %% ../nbs/workshop/checkpoint.ipynb #f50b717e
 @dataclass(frozen=True)
 class Loaded:
     """What `load_checkpoint` gives back. Chapter: workshop/checkpoint"""
@@ -458,7 +459,7 @@ def load_checkpoint(name_or_path: str | os.PathLike, *, device: str | torch.devi
         directory=directory,
     )
 
-# %% ../nbs/workshop/checkpoint.ipynb #4e71820f
+# %% ../nbs/workshop/checkpoint.ipynb #eb898c51
 def list_checkpoints() -> list[str]:
     """Names of the checkpoints that come with the package. Chapter: workshop/checkpoint"""
     return sorted(path.parent.name for path in _shipped().glob("*/checkpoint.json"))

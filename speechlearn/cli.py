@@ -4,7 +4,7 @@
 __all__ = ['MODELS', 'Recipe', 'read_settings', 'make_vocabulary', 'make_model', 'begin_with', 'load_mixture', 'run_training',
            'make_parser', 'main']
 
-# %% ../nbs/workshop/cli.ipynb #618f9d61
+# %% ../nbs/workshop/cli.ipynb #996d192d
 import argparse
 import json
 import random
@@ -12,19 +12,19 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../nbs/workshop/cli.ipynb #cbb69be4
+# %% ../nbs/workshop/cli.ipynb #b594fb9c
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-MODELS = ("first-recogniser", "speech-transformer", "ctc", "transducer", "ctc+transducer")
+MODELS = ("first-recogniser", "speech-transformer", "ctc", "transducer", "ctc+transducer", "zipformer")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What `speechlearn train` trains, on what, and for how long."""
 
-    model: str = _setting("first-recogniser", "first-recogniser (the whole game), speech-transformer (part 3), ctc, transducer or ctc+transducer (part 4)")
+    model: str = _setting("first-recogniser", "first-recogniser (the whole game), speech-transformer (part 3), ctc, transducer or ctc+transducer (part 4), zipformer (part 6)")
     corpus: str = _setting("digits", "corpora to train on, joined by +, each perhaps with a number of utterances (digits, commands:2000+fsdd, …)")
     root: str = _setting("", "folder of recordings, for corpora that are not made on this machine")
     speakers: str = _setting("", "only these speakers of fsdd, joined by commas")
@@ -43,6 +43,12 @@ class Recipe:
     n_layers: int = _setting(3, "layers of the encoder")
     n_decoder_layers: int = _setting(2, "layers of the decoder of a speech-transformer")
     start_from: str = _setting("", "checkpoint whose weights the training begins with, where names and shapes agree (for instance the encoder of a ctc model)")
+    size: str = _setting("small", "of a zipformer: tiny, small, medium, or the published S, M and L")
+    heads: str = _setting("ctc", "of a zipformer: ctc, transducer, attention, or several joined by +")
+    causal: bool = _setting(False, "train a zipformer for streaming")
+    consistency: bool = _setting(False, "show each utterance to a zipformer twice, with different parts hidden, and ask its CTC head for the same answer (CR-CTC)")
+    optimiser: str = _setting("adamw", "adamw, or the Zipformer's scaled-adam (which wants a learning rate of about 0.1)")
+    schedule_steps: int = _setting(0, "steps in which the schedules of a zipformer's parts run through what takes 20,000 batches in the recipe; 0: half of all steps")
     fast_emit: float = _setting(0.0, "push for early words in a transducer")
     ctc_weight: float = _setting(0.3, "part of the CTC loss in that of a speech-transformer")
     steps: int = _setting(1200, "optimiser steps")
@@ -63,6 +69,12 @@ class Recipe:
             raise ValueError(f"model is {self.model!r}; choose {', '.join(MODELS[:-1])} or {MODELS[-1]}")
         if self.vocabulary not in ("words", "letters", "subwords"):
             raise ValueError(f"vocabulary is {self.vocabulary!r}; choose words, letters or subwords")
+        if self.optimiser not in ("adamw", "scaled-adam") or self.schedule_steps < 0:
+            raise ValueError(f"optimiser is {self.optimiser!r} (choose adamw or scaled-adam) and schedule_steps {self.schedule_steps} (expected 0 or more)")
+        if self.model != "zipformer" and (self.causal or self.consistency):
+            raise ValueError(f"causal and consistency are settings of a zipformer, but model is {self.model!r}")
+        if self.consistency and (self.masks == 0 or "ctc" not in self.heads.split("+")):
+            raise ValueError(f"consistency compares what a CTC head says when different parts are hidden; it needs ctc among the heads ({self.heads!r}) and masks of at least 1 ({self.masks})")
         if self.masks < 0 or not 1000 <= self.top_hz <= 8000:
             raise ValueError(f"masks is {self.masks} (expected 0 or more) and top_hz {self.top_hz} (expected 1000 to 8000)")
         if not 0 <= self.hard_cut <= 1 or not 0 <= self.warp <= 1:
@@ -111,7 +123,7 @@ def read_settings(path: str | Path) -> dict:
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 
-# %% ../nbs/workshop/cli.ipynb #37adaa81
+# %% ../nbs/workshop/cli.ipynb #74f86da4
 def make_vocabulary(recipe: Recipe):
     """The vocabulary of a recipe; subwords are learned from its training texts.
 
@@ -148,6 +160,11 @@ def make_model(recipe: Recipe):
                 n_layers=recipe.n_layers, decoder_dim=recipe.d_model, joiner_dim=recipe.d_model, fast_emit=recipe.fast_emit, blank=vocabulary.blank,
             )
         ), vocabulary
+    if recipe.model == "zipformer":
+        from speechlearn.zipformer.recogniser import ZipformerRecogniser, small_config
+
+        config = small_config(recipe.size, len(vocabulary), heads=recipe.heads, n_bins=recipe.n_bins, causal=recipe.causal, blank=vocabulary.blank, sos=vocabulary.sos, eos=vocabulary.eos)
+        return ZipformerRecogniser(config), vocabulary
     from speechlearn.speech_transformer.decoder import SpeechTransformer
     from speechlearn.speech_transformer.encoder import SpeechTransformerConfig
 
@@ -221,6 +238,7 @@ def run_training(recipe: Recipe, directory: str | Path, *, resume: bool = False,
     from speechlearn.recogniser import Recogniser
     from speechlearn.sound.features import LogMel, SpecAugment, VocalTractWarp
     from speechlearn.training import TrainConfig, train
+    from speechlearn.zipformer.recogniser import twice
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -233,32 +251,46 @@ def run_training(recipe: Recipe, directory: str | Path, *, resume: bool = False,
     if recipe.augment and recipe.hard_cut:
         draws = (random.Random(f"hard cut {recipe.seed} {i}") for i in range(len(corpus)))
         corpus = Corpus(corpus.name, "train", [hard_cut(u, draw, share=recipe.hard_cut) if u.id.startswith(("digits", "fsdd")) else u for u, draw in zip(corpus, draws)])
-    training = SpeechDataset(corpus, features, vocabulary, augment=augment, seed=recipe.seed, keep=not recipe.augment)
-    held_out = SpeechDataset(load_mixture(recipe, "dev", 100), features, vocabulary, keep=True)
+    normalise = getattr(model, "normalise", "utterance")
+    training = SpeechDataset(corpus, features, vocabulary, augment=augment, normalise=normalise, seed=recipe.seed, keep=not recipe.augment)
+    held_out = SpeechDataset(load_mixture(recipe, "dev", 100), features, vocabulary, normalise=normalise, keep=True)
     config = TrainConfig(
         n_steps=recipe.steps, learning_rate=recipe.learning_rate, warmup_steps=min(recipe.warmup_steps, recipe.steps // 2), validate_every=recipe.validate_every,
-        average=recipe.average or None, seed=recipe.seed,
+        average=recipe.average or None, seed=recipe.seed, clip_norm=None if recipe.optimiser == "scaled-adam" else 1.0,  # ScaledAdam has its own way
     )
+    optimiser, on_step = None, None
+    if recipe.optimiser == "scaled-adam":
+        from speechlearn.optim import ScaledAdam, parameter_groups
+
+        optimiser = ScaledAdam(parameter_groups(model, recipe.learning_rate), lr=recipe.learning_rate, clipping_scale=2.0)
+    if recipe.model == "zipformer":
+        from speechlearn.zipformer.scaling import set_batch_count
+
+        run_through = recipe.schedule_steps or max(1, recipe.steps // 2)
+        on_step = lambda model, step: set_batch_count(model, 20_000.0 * min(1.0, step / run_through))
     hide, warp = SpecAugment(n_frequency_masks=recipe.masks, n_time_masks=recipe.masks), VocalTractWarp(recipe.warp, f_max=recipe.top_hz)
 
     def loss(model, batch):
+        see_twice = model.training and recipe.consistency
+        if see_twice:
+            batch = twice(batch)
         if model.training and recipe.warp:
             batch = replace(batch, features=warp(batch.features, batch.feature_lengths))
         if model.training and recipe.masks:
             batch = replace(batch, features=hide(batch.features, batch.feature_lengths))
-        return model.loss(batch)
+        return model.loss(batch, twice=True) if see_twice else model.loss(batch)
 
     result = train(
         model,
         make_loader(training, max_frames=recipe.max_frames, seed=recipe.seed, n_workers=recipe.workers),
         make_loader(held_out, max_frames=recipe.max_frames, shuffle=False),
-        config=config, directory=directory, resume="auto" if resume else False, loss=loss, show=show,
+        config=config, directory=directory, resume="auto" if resume else False, loss=loss, optimiser=optimiser, on_step=on_step, show=show,
     )
     metadata = {"recipe": asdict(recipe), "steps": result.step, "seconds": round(result.seconds, 1)}
     save_checkpoint(Path(directory) / "recogniser", model, vocabulary=vocabulary, features=features.settings, metadata=metadata)
     return Recogniser(model, vocabulary, features=features.settings)
 
-# %% ../nbs/workshop/cli.ipynb #f3ba8530
+# %% ../nbs/workshop/cli.ipynb #e9ee945a
 def _train(args) -> int:
     chosen = {entry.name: value for entry in fields(Recipe) if (value := getattr(args, entry.name)) is not None}
     recipe = Recipe(**{**(read_settings(args.config) if args.config else {}), **chosen})

@@ -4,7 +4,7 @@
 __all__ = ['FLOOR_DB', 'SILENCE_DB', 'Transcript', 'quietest_point', 'pieces', 'Recogniser', 'load_recogniser', 'Evaluation',
            'evaluate', 'plot_transcript']
 
-# %% ../nbs/workshop/recogniser.ipynb #4124f117
+# %% ../nbs/workshop/recogniser.ipynb #fcb9765d
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .data.corpora import Corpus, Word
-from .sound.features import LogMel, normalise_utterance
+from .sound.features import LogMel, normalise_fixed, normalise_utterance
 from .sound.waveform import check_waveform, duration, peak_db, resample, stream
 from .text import error_rate
 
-# %% ../nbs/workshop/recogniser.ipynb #838f5745
+# %% ../nbs/workshop/recogniser.ipynb #e4f8ff9c
 @dataclass(frozen=True)
 class Transcript:
     """What a recogniser heard: the text, and its words with their times in seconds."""
@@ -31,7 +31,7 @@ class Transcript:
     def __str__(self) -> str:
         return self.text
 
-# %% ../nbs/workshop/recogniser.ipynb #acabfd34
+# %% ../nbs/workshop/recogniser.ipynb #beccd4a1
 def quietest_point(waveform: Float[Tensor, "samples"], sample_rate: int, *, window_seconds: float = 0.2) -> int:
     """Sample in the middle of the window with the least energy.
 
@@ -73,7 +73,7 @@ def pieces(path, *, sample_rate: int, longest_seconds: float = 20.0) -> Iterator
     if len(held):
         yield start / sample_rate, held
 
-# %% ../nbs/workshop/recogniser.ipynb #3aa5e87c
+# %% ../nbs/workshop/recogniser.ipynb #69c8e06d
 FLOOR_DB = -80.0  # RMS of the faint noise that is laid under every recording, relative to full scale
 SILENCE_DB = -70.0  # peak, relative to full scale: below it there is no speech to find
 
@@ -120,7 +120,9 @@ class Recogniser:
         noise = torch.randn(len(waveform), generator=torch.Generator().manual_seed(0))
         waveform = waveform + 10 ** (FLOOR_DB / 20) * noise
         mel, lengths = self.features(waveform[None], torch.tensor([len(waveform)]))
-        heard = self.model.recognise(normalise_utterance(mel, lengths), lengths, self.vocabulary)[0]
+        # A model for streams says that it wants fixed numbers: it was trained with them.
+        normalise = normalise_fixed if getattr(self.model, "normalise", "utterance") == "fixed" else normalise_utterance
+        heard = self.model.recognise(normalise(mel, lengths), lengths, self.vocabulary)[0]
         step = self.model.frame_seconds
         words = tuple(Word(text, min(first * step, seconds), min((last + 1) * step, seconds)) for text, first, last in heard)
         return Transcript(" ".join(word.text for word in words), words)
@@ -167,7 +169,7 @@ def load_recogniser(name_or_path: str | Path) -> Recogniser:
         raise CheckpointError(f"the checkpoint {str(name_or_path)!r} has features of {recogniser.features.n_bins} bins, but its model takes {config.n_bins}")
     return recogniser
 
-# %% ../nbs/workshop/recogniser.ipynb #58697690
+# %% ../nbs/workshop/recogniser.ipynb #c319a080
 @dataclass(frozen=True)
 class Evaluation:
     """Error rates of one recogniser on one corpus. Rates are fractions (0.05 is 5 %), times are seconds."""
@@ -222,7 +224,7 @@ def evaluate(recogniser: Recogniser, corpus: Corpus, *, progress=None) -> Evalua
         references=tuple(references), hypotheses=tuple(hypotheses),
     )
 
-# %% ../nbs/workshop/recogniser.ipynb #59693fd8
+# %% ../nbs/workshop/recogniser.ipynb #3cd46d6c
 def plot_transcript(waveform: Float[Tensor, "samples"], transcript: Transcript, sample_rate: int, *, truth=(), ax=None):
     """Spectrogram with the recognised words placed in time; above them, if given, the true words.
 

@@ -4,7 +4,7 @@
 __all__ = ['is_padding', 'assert_batch_independent', 'Batch', 'Item', 'collate', 'generator_for', 'SpeechDataset', 'n_repeats',
            'unalignable', 'check_alignable', 'BucketSampler', 'padding_share', 'make_loader']
 
-# %% ../../nbs/data/04d_batches.ipynb #63943057
+# %% ../../nbs/data/04d_batches.ipynb #958da547
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .corpora import Corpus
-from ..sound.features import normalise_utterance
+from ..sound.features import normalise_fixed, normalise_utterance
 
-# %% ../../nbs/data/04d_batches.ipynb #c90ece7c
+# %% ../../nbs/data/04d_batches.ipynb #894f58e0
 def is_padding(lengths: Int[Tensor, "batch"], n: int | None = None) -> Bool[Tensor, "batch n"]:
     """True at the places beyond each utterance's end.
 
@@ -38,7 +38,7 @@ def is_padding(lengths: Int[Tensor, "batch"], n: int | None = None) -> Bool[Tens
         raise ValueError(f"utterance {int(lengths.argmax())} has length {int(lengths.max())}, but the rectangle is only {n} wide")
     return torch.arange(n, device=lengths.device) >= lengths[:, None]
 
-# %% ../../nbs/data/04d_batches.ipynb #3326f5c8
+# %% ../../nbs/data/04d_batches.ipynb #7b0a7299
 @torch.no_grad()
 def assert_batch_independent(model: Callable, x: Tensor, lengths: Int[Tensor, "batch"], *, atol: float = 1e-5) -> None:
     """Refuse a model whose answer for an utterance depends on the other utterances of its batch.
@@ -66,7 +66,7 @@ def assert_batch_independent(model: Callable, x: Tensor, lengths: Int[Tensor, "b
                 f"at output frame {int(gap.argmax())} of {m}. Is padding masked before every convolution, softmax and mean?"
             )
 
-# %% ../../nbs/data/04d_batches.ipynb #176c8de1
+# %% ../../nbs/data/04d_batches.ipynb #7b77bd22
 @dataclass
 class Batch:
     """Utterances of different length in one rectangle, and what is real in it.
@@ -166,7 +166,7 @@ class SpeechDataset(Dataset):
         features: a module such as `LogMel`.
         vocabulary: encodes the texts.
         augment: called as `(waveform, sample_rate, generator)`; for training only.
-        normalise: "utterance" (mean and deviation of each) or "none".
+        normalise: "utterance" (mean and deviation of each), "fixed" (the same numbers for all, for streams) or "none".
         seed: of the augmentation.
         keep: remember items after the first time, which saves time and costs memory. Not with `augment`: it changes them each epoch.
 
@@ -178,8 +178,8 @@ class SpeechDataset(Dataset):
     def __init__(
         self, corpus: Corpus, features, vocabulary, *, augment: Callable | None = None, normalise: str = "utterance", seed: int = 0, keep: bool = False
     ):
-        if normalise not in ("utterance", "none"):
-            raise ValueError(f"normalise is {normalise!r}; expected 'utterance' or 'none'")
+        if normalise not in ("utterance", "fixed", "none"):
+            raise ValueError(f"normalise is {normalise!r}; expected 'utterance', 'fixed' or 'none'")
         if keep and augment is not None:
             raise ValueError("keep=True would repeat the same augmented sound in every epoch; use one or the other")
         self.corpus, self.features, self.vocabulary = corpus, features, vocabulary
@@ -219,14 +219,14 @@ class SpeechDataset(Dataset):
             mel, lengths = self.features(waveform[None], torch.tensor([len(waveform)]))
         except ValueError as error:
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
-        if self.normalise == "utterance":
-            mel = normalise_utterance(mel, lengths)
+        if self.normalise != "none":
+            mel = {"utterance": normalise_utterance, "fixed": normalise_fixed}[self.normalise](mel, lengths)
         item = Item(mel[0, : int(lengths[0])], self.targets[index], utterance.text, utterance.id)
         if self.kept is not None:
             self.kept[index] = item
         return item
 
-# %% ../../nbs/data/04d_batches.ipynb #3a1c4e4e
+# %% ../../nbs/data/04d_batches.ipynb #8c4907dc
 def n_repeats(targets: Int[Tensor, "batch tokens"], target_lengths: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
     """How often a symbol equals the one before it, in each target.
 
@@ -272,7 +272,7 @@ def check_alignable(
         )
     return bad
 
-# %% ../../nbs/data/04d_batches.ipynb #4bd29482
+# %% ../../nbs/data/04d_batches.ipynb #aab51f15
 class BucketSampler(Sampler[list[int]]):
     """Batches of utterances of similar length, bounded by their area in frames, padding included.
 
@@ -352,7 +352,7 @@ def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> f
     area = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     return 1 - sum(lengths[i] for batch in batches for i in batch) / area
 
-# %% ../../nbs/data/04d_batches.ipynb #0de9f37f
+# %% ../../nbs/data/04d_batches.ipynb #cfb4ec49
 class _Collate:
     """`collate` with its settings; a class, so that worker processes can be sent it."""
 

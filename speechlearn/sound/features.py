@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['MEL_FACTOR', 'KALDI_FLOOR', 'n_frames', 'frame_signal', 'window_function', 'power_spectrum', 'hz_to_mel', 'mel_to_hz',
            'mel_filter_bank', 'log_mel', 'LogMel', 'plot_spectrogram', 'kaldi_fbank', 'KaldiFbank',
-           'normalise_utterance', 'GlobalNormalisation', 'SpecAugment', 'warp_frequencies', 'VocalTractWarp']
+           'normalise_utterance', 'normalise_fixed', 'GlobalNormalisation', 'SpecAugment', 'warp_frequencies',
+           'VocalTractWarp']
 
-# %% ../../nbs/sound/02_features.ipynb #6eaea6bb
+# %% ../../nbs/sound/02_features.ipynb #aaaf4a3e
 import math
 from collections.abc import Iterable
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-# %% ../../nbs/sound/02_features.ipynb #44509dd5
+# %% ../../nbs/sound/02_features.ipynb #d60249f3
 def n_frames(samples: Int[Tensor, "batch"], window: int, hop: int) -> Int[Tensor, "batch"]:
     """Whole frames that fit into each utterance: `1 + (samples - window) // hop`.
 
@@ -47,7 +48,7 @@ def frame_signal(waveform: Float[Tensor, "*batch samples"], window: int, hop: in
     n_frames(torch.tensor([waveform.shape[-1]]), window, hop)
     return waveform.unfold(-1, window, hop)
 
-# %% ../../nbs/sound/02_features.ipynb #7007d458
+# %% ../../nbs/sound/02_features.ipynb #ea6b7a1b
 def window_function(kind: str, size: int) -> Float[Tensor, "size"]:
     """Weights that fade a frame in and out.
 
@@ -85,7 +86,7 @@ def power_spectrum(frames: Float[Tensor, "*batch window"], n_fft: int) -> Float[
     spectrum = torch.fft.rfft(frames, n=n_fft)
     return spectrum.real.square() + spectrum.imag.square()
 
-# %% ../../nbs/sound/02_features.ipynb #2db896f7
+# %% ../../nbs/sound/02_features.ipynb #417dc6f3
 MEL_FACTOR = 2595 / math.log(10)  # "2595 log10", written with the natural logarithm: 1126.99; Kaldi rounds it to 1127
 
 
@@ -98,7 +99,7 @@ def mel_to_hz(mel: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Mel to hertz, the inverse of `hz_to_mel`."""
     return 700.0 * torch.expm1(mel / MEL_FACTOR)
 
-# %% ../../nbs/sound/02_features.ipynb #65aec3d5
+# %% ../../nbs/sound/02_features.ipynb #5b8b1ca1
 def mel_filter_bank(
     n_bins: int, n_fft: int, sample_rate: int, *, f_min: float = 20.0, f_max: float | None = None, straight_in: str = "hertz"
 ) -> Float[Tensor, "frequencies bins"]:
@@ -141,7 +142,7 @@ def mel_filter_bank(
         )
     return bank.float()
 
-# %% ../../nbs/sound/02_features.ipynb #2f56b549
+# %% ../../nbs/sound/02_features.ipynb #52aad15f
 def log_mel(
     waveform: Float[Tensor, "*batch samples"],
     *,
@@ -227,7 +228,7 @@ class LogMel(nn.Module):
         features = log_mel(waveforms, window=self.window, hop=self.hop, bank=self.bank, floor=self.floor)
         return _without_padding(features, feature_lengths), feature_lengths
 
-# %% ../../nbs/sound/02_features.ipynb #09182c25
+# %% ../../nbs/sound/02_features.ipynb #9f3e407b
 def plot_spectrogram(features: Float[Tensor, "frames bins"], *, hop_ms: float = 10.0, ax=None):
     """Draw features as a picture: time to the right, pitch upwards, energy as brightness.
 
@@ -249,7 +250,7 @@ def plot_spectrogram(features: Float[Tensor, "frames bins"], *, hop_ms: float = 
     ax.set(xlabel="time (s)", ylabel="mel bin")
     return ax
 
-# %% ../../nbs/sound/02_features.ipynb #c90e4964
+# %% ../../nbs/sound/02_features.ipynb #5a4b40be
 KALDI_FLOOR = torch.finfo(torch.float32).eps
 
 
@@ -355,7 +356,7 @@ class KaldiFbank(nn.Module):
         features = _kaldi_features(frames, self.window.to(frames), self.bank.to(frames), self.preemphasis)
         return _without_padding(features, feature_lengths), feature_lengths
 
-# %% ../../nbs/sound/02_features.ipynb #a9be709b
+# %% ../../nbs/sound/02_features.ipynb #b2f72709
 def normalise_utterance(
     features: Float[Tensor, "batch frames bins"], feature_lengths: Int[Tensor, "batch"], *, floor: float = 0.1
 ) -> Float[Tensor, "batch frames bins"]:
@@ -385,7 +386,25 @@ def normalise_utterance(
     deviation = (centred.square().sum(dim=1, keepdim=True) / count).clamp(min=1e-12).sqrt()
     return centred / (deviation + floor)
 
-# %% ../../nbs/sound/02_features.ipynb #7f8da007
+# %% ../../nbs/sound/02_features.ipynb #d4924714
+def normalise_fixed(
+    features: Float[Tensor, "batch frames bins"], feature_lengths: Int[Tensor, "batch"], *, mean: float | int = -4.0, deviation: float | int = 4.0
+) -> Float[Tensor, "batch frames bins"]:
+    """Take off a mean and divide by a standard deviation that are the same for all sounds: works frame by frame, as a stream needs it.
+
+    Args:
+        features: padded batch.
+        feature_lengths: valid frames of each utterance.
+        mean, deviation: of log-mel features; the defaults are those of our synthetic commands with augmentation.
+
+    Returns: the same shape; frames beyond the end are zero.
+
+    Chapter: sound/02_features.
+    """
+    valid = (torch.arange(features.shape[1], device=features.device) < feature_lengths[:, None])[..., None]
+    return ((features - mean) / deviation).where(valid, 0.0)
+
+# %% ../../nbs/sound/02_features.ipynb #12a0d1dd
 class GlobalNormalisation(nn.Module):
     """Normalise with the mean and standard deviation of a whole corpus, bin by bin; works frame by frame.
 
@@ -423,7 +442,7 @@ class GlobalNormalisation(nn.Module):
         valid = (torch.arange(features.shape[1], device=features.device) < feature_lengths[:, None])[..., None]
         return ((features - self.mean) / self.deviation).where(valid, 0.0)
 
-# %% ../../nbs/sound/02_features.ipynb #90e23ad1
+# %% ../../nbs/sound/02_features.ipynb #3b238927
 class SpecAugment(nn.Module):
     """Hide random bands of frequency and stretches of time; only in training.
 
@@ -468,7 +487,7 @@ class SpecAugment(nn.Module):
         hidden = hidden | self._spans(self.n_time_masks, longest, feature_lengths, frames)[:, :, None]
         return features.masked_fill(hidden, 0.0)
 
-# %% ../../nbs/sound/02_features.ipynb #0acc63c3
+# %% ../../nbs/sound/02_features.ipynb #e21dd833
 def warp_frequencies(features: Float[Tensor, "batch frames bins"], factors: Float[Tensor, "batch"], *, f_min: float = 20.0, f_max: float = 8000.0) -> Float[Tensor, "batch frames bins"]:
     """Read each mel bin at another frequency: its own, times the factor of its utterance; between two bins by a straight line.
 
