@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import speechlearn
-from speechlearn.cli import Recipe, run_training
+from speechlearn.recipes import Recipe, run_training
 from speechlearn.data.synthetic import make_corpus
 from speechlearn.recogniser import Recogniser, evaluate
 

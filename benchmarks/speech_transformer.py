@@ -19,7 +19,7 @@ import torch
 
 import speechlearn
 from speechlearn.checkpoint import load_checkpoint, save_checkpoint
-from speechlearn.cli import Recipe, run_training
+from speechlearn.recipes import Recipe, run_training
 from speechlearn.data.batches import SpeechDataset, make_loader
 from speechlearn.data.corpora import fsdd
 from speechlearn.data.synthetic import make_corpus

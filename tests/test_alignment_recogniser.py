@@ -13,9 +13,10 @@ from speechlearn.alignment.ctc import ctc_loss
 from speechlearn.alignment.pruned import pruned_transducer_losses
 from speechlearn.alignment.recogniser import AlignmentRecogniser, AlignmentRecogniserConfig
 from speechlearn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from speechlearn.cli import Recipe, begin_with, main, make_model
+from speechlearn.cli import main
 from speechlearn.data.batches import Batch, assert_batch_independent
 from speechlearn.data.synthetic import sampler
+from speechlearn.recipes import Recipe, begin_with, make_model
 from speechlearn.sound.waveform import save
 from speechlearn.text import DIGITS, CharacterVocabulary
 from speechlearn.training import TrainConfig, train

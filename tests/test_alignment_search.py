@@ -383,7 +383,7 @@ def test_recogniser_says_what_does_not_fit():
 
 def test_recogniser_survives_a_checkpoint_and_another_one_begins_with_it(tmp_path):
     from speechlearn.checkpoint import load_checkpoint, save_checkpoint
-    from speechlearn.cli import begin_with
+    from speechlearn.recipes import begin_with
 
     vocabulary = CharacterVocabulary(" ab")
     for head in ("ctc", "transducer"):

@@ -12,7 +12,8 @@ import torch
 import speechlearn
 import speechlearn.training
 from speechlearn.checkpoint import load_checkpoint
-from speechlearn.cli import Recipe, main, make_model, read_settings
+from speechlearn.cli import main
+from speechlearn.recipes import Recipe, make_model, read_settings
 from speechlearn.data.synthetic import sampler
 from speechlearn.sound.waveform import load, save
 from speechlearn.text import DIGITS
@@ -359,7 +360,7 @@ def test_a_speech_transformer_is_trained_stopped_and_resumed_to_the_same_weights
 
 
 def test_numbers_of_utterances_in_the_corpus(run, clips, tmp_path):
-    from speechlearn.cli import load_mixture
+    from speechlearn.recipes import load_mixture
 
     recipe = Recipe(corpus="fsdd:3", root=str(clips), speakers="ann", utterances=7)
     assert [len(load_mixture(recipe, split, 2)) for split in ("train", "dev")] == [3, 2]
