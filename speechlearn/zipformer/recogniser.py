@@ -21,7 +21,7 @@ from ..whole_game import words_of
 from .convolution import Conv2dSubsampling, encoder_lengths
 from .encoder import Zipformer2, zipformer_config
 
-# %% ../../nbs/zipformer/27b_train.ipynb #3cd125a3
+# %% ../../nbs/zipformer/27b_train.ipynb #1cd14923
 @dataclass(frozen=True)
 class ZipformerRecogniserConfig:
     """Sizes of a Zipformer with its heads. The numbers here are of a small one; a tuple has an entry for each stack."""
@@ -29,7 +29,7 @@ class ZipformerRecogniserConfig:
     vocab: int  # symbols, the blank included
     heads: str = "ctc"  # ctc, transducer, attention, or several joined by +
     n_bins: int = 60  # mel bins of a frame
-    front_channels: tuple[int, int, int] = (8, 24, 48)  # of the three convolutions in front; 8, 32, 128 in the published sizes
+    front_channels: tuple[int, int, int] = (8, 16, 32)  # of the three convolutions in front; 8, 32, 128 in the published sizes
     downsampling_factor: tuple[int, ...] = (1, 2, 4)
     encoder_dim: tuple[int, ...] = (96, 128, 128)
     encoder_unmasked_dim: tuple[int, ...] = (96, 96, 96)

@@ -1,0 +1,215 @@
+"""Small Zipformers, trained on commands, beside the models of the chapters before: error rates, training time, memory, FLOPs, speed.
+
+    python benchmarks/zipformer_train.py train RUN [RUN ...] [--runs FOLDER] [--threads N]
+    python benchmarks/zipformer_train.py cost
+
+`train` trains and measures; a finished run in FOLDER is only measured. The runs:
+
+`ctc`                    a tiny Zipformer with a CTC head, subwords
+`ctc-scaled-adam`        the same with ScaledAdam
+`cr-ctc`                 the same with the consistency loss; half as many utterances in a batch, each seen twice
+`ctc-masks`              the same masks without the consistency loss
+`transducer`             begins with the encoder of `ctc` (run that first)
+`ctc+attention`          likewise
+`ctc+transducer`         both from the start
+`first-recogniser`       the model of the whole game, on the same corpus
+`causal`                 as `ctc`, for streams: chunks of 320 ms in the test
+
+`cost` compares what one training step and one second of sound cost, in one process with one thread, in turns: nothing is trained.
+"""
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import speechlearn
+from speechlearn.data.batches import SpeechDataset, make_loader
+from speechlearn.data.synthetic import make_corpus
+from speechlearn.recipes import Recipe, make_model, run_training
+from speechlearn.recogniser import Recogniser, evaluate
+from speechlearn.sound.features import LogMel
+
+RESULTS = Path(__file__).parent / "results" / "zipformer_train.json"
+COMMON = dict(
+    model="zipformer", size="tiny", corpus="commands", utterances=5000, vocabulary="subwords", n_subwords=64, n_bins=60, telephone=0.2, fastest=1.18, hard_cut=0.0,
+    steps=900, max_frames=4000, learning_rate=5e-3, schedule_steps=300, validate_every=100,
+)
+RUNS = {
+    "ctc": {},
+    "ctc-scaled-adam": dict(optimiser="scaled-adam", learning_rate=0.1),
+    "cr-ctc": dict(consistency=True, masks=2, max_frames=2000),
+    "ctc-masks": dict(masks=2),
+    "transducer": dict(heads="transducer", start_from="ctc", learning_rate=3e-3),
+    "ctc+attention": dict(heads="ctc+attention", start_from="ctc", learning_rate=3e-3),
+    "ctc+transducer": dict(heads="ctc+transducer"),
+    "first-recogniser": dict(model="first-recogniser", vocabulary="letters", n_bins=80, learning_rate=3e-3),
+    "causal": dict(causal=True),
+}
+SPLITS = {"unseen voices, unseen sentences": "test", "seen voices, unseen sentences": "seen-voice", "unseen voices, seen sentences": "seen-sentence"}
+COST = {  # what `cost` compares: the recipes of the stored runs
+    "whole game": dict(model="first-recogniser", vocabulary="letters"),
+    "Speech-Transformer's encoder, CTC": dict(model="ctc", vocabulary="letters", d_model=128, n_layers=4),
+    "Speech-Transformer": dict(model="speech-transformer", vocabulary="letters", d_model=128, n_layers=4),
+    "Zipformer, CTC": dict(COMMON),
+    "Zipformer, transducer": dict(COMMON, heads="transducer"),
+    "Zipformer, CTC and attention": dict(COMMON, heads="ctc+attention"),
+}
+
+
+class Reading:
+    """A model that is always read in one way."""
+
+    def __init__(self, model, **way):
+        self.model, self.way = model, way
+        self.frame_seconds, self.config, self.normalise = model.frame_seconds, model.config, getattr(model, "normalise", "utterance")
+
+    def recognise(self, features, lengths, vocabulary):
+        return self.model.recognise(features, lengths, vocabulary, **self.way)
+
+
+def reading(recogniser, **way):
+    copy = Recogniser.__new__(Recogniser)
+    copy.__dict__.update(recogniser.__dict__, model=Reading(recogniser.model, **way))
+    return copy
+
+
+def ways_of(recipe):
+    if recipe.model != "zipformer":
+        return {"as it reads": {}}
+    ways, heads = {}, recipe.heads.split("+")
+    if "ctc" in heads:
+        ways |= {"CTC, greedy": dict(way="ctc", beam=1), "CTC, prefix beam 4": dict(way="ctc", beam=4)}
+    if "transducer" in heads:
+        ways |= {"transducer, beam 1": dict(way="transducer", beam=1), "transducer, beam 4": dict(way="transducer", beam=4)}
+    if "attention" in heads:
+        ways |= {"attention, beam 4": dict(way="attention", beam=4)}
+    if {"ctc", "attention"} <= set(heads):
+        ways |= {"CTC finds, attention chooses": dict(way="rescoring", beam=8)}
+    return ways
+
+
+def measure(recogniser, recipe):
+    record = {}
+    for name, way in ways_of(recipe).items():
+        record[name] = {}
+        for label, split in SPLITS.items():
+            if label != "unseen voices, unseen sentences" and name in ("CTC, greedy", "transducer, beam 1"):
+                continue
+            result = evaluate(reading(recogniser, **way), make_corpus("commands", split)).summary()
+            record[name][label] = {key: result[key] for key in ("wer", "cer", "substitutions", "deletions", "insertions", "words")}
+            record[name][label]["real_time_factor"] = round(result["seconds_compute"] / result["seconds_audio"], 5)
+        print(name, {label: f"{row['wer']:.2%}" for label, row in record[name].items()}, flush=True)
+    return record
+
+
+def versions(threads):
+    return {"python": platform.python_version(), "torch": torch.__version__, "speechlearn": speechlearn.__version__, "machine": f"{platform.machine()}, {threads} thread of {os.cpu_count()} cores"}
+
+
+def store(name, record):
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(results | {name: record}, indent=1, sort_keys=True) + "\n")
+
+
+def train_all(args) -> None:
+    for name in args.names:
+        settings = {**COMMON, **RUNS[name]}
+        if settings.get("start_from"):
+            settings["start_from"] = str(Path(args.runs) / settings["start_from"] / "recogniser")
+        recipe, folder, start = Recipe(**settings, threads=args.threads), Path(args.runs) / name, time.process_time()
+        recogniser = run_training(recipe, folder, resume=True, show="none")
+        cpu_minutes = (time.process_time() - start) / 60
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        metadata = json.loads((folder / "recogniser" / "checkpoint.json").read_text())["metadata"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        store(name, {
+            "recipe": {key: (RUNS[name].get("start_from", "") if key == "start_from" else value) for key, value in asdict(recipe).items() if key != "root"},
+            "parameters": sum(p.numel() for p in recogniser.model.parameters()),
+            "training_minutes": round(metadata["seconds"] / 60, 2),
+            "cpu_minutes": round(cpu_minutes, 2),  # 0 where a finished run was only measured
+            "peak_mib": round(peak),
+            "curve": [[line["step"], round(line["valid_loss"], 4)] for line in lines if "valid_loss" in line],
+            "tests": measure(recogniser, recipe),
+            "command": f"python benchmarks/zipformer_train.py train {name} --threads {args.threads}",
+            "versions": versions(args.threads),
+        })
+
+
+def cost(args) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)  # inside its fused kernels nobody counts
+    corpus = make_corpus("commands", "train", n=400)
+    ours = {}
+    for name, settings in COST.items():
+        recipe = Recipe(**{**dict(corpus="commands", utterances=5000, max_frames=4000, n_bins=80), **settings})
+        model, vocabulary = make_model(recipe)
+        loader = make_loader(SpeechDataset(corpus, LogMel(n_bins=recipe.n_bins), vocabulary, keep=True), max_frames=4000, seed=1)
+        batches = [batch for batch, _ in zip(loader, range(4))]
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def step(i, model=model, optimiser=optimiser, batches=batches):
+            model.train()
+            model.loss(batches[i % len(batches)])["loss"].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+        recogniser = Recogniser(model, vocabulary, features=dict(n_bins=recipe.n_bins))
+        encode = model if recipe.model != "speech-transformer" else model.encoder
+        ours[name] = dict(step=step, model=model, encode=encode, n_bins=recipe.n_bins, recogniser=recogniser, seconds=[], encoding=[])
+    frames = torch.tensor([1000])
+    for i in range(args.rounds + 1):
+        for name, one in ours.items():
+            began = time.process_time()
+            one["step"](i)
+            stepped = time.process_time()
+            one["model"].eval()
+            with torch.no_grad():
+                x = torch.randn(1, 1000, one["n_bins"])
+                half = time.process_time()
+                one["encode"](x, frames)
+            if i:
+                one["seconds"].append(stepped - began)
+                one["encoding"].append(time.process_time() - half)
+    rows, base = {}, ours["Speech-Transformer's encoder, CTC"]
+    for name, one in ours.items():
+        with warnings.catch_warnings(), FlopCounterMode(display=False) as counter, torch.no_grad():
+            warnings.simplefilter("ignore")
+            one["model"].eval()
+            one["encode"](torch.randn(1, 1000, one["n_bins"]), frames)
+        rows[name] = {
+            "parameters": sum(p.numel() for p in one["model"].parameters()), "gflops_per_second_of_sound": round(counter.get_total_flops() / 10 / 1e9, 4),
+            "training_step": round(statistics.median(a / b for a, b in zip(one["seconds"], base["seconds"])), 3),
+            "encoding": round(statistics.median(a / b for a, b in zip(one["encoding"], base["encoding"])), 3),
+            "real_time_factor_encoder": round(statistics.median(one["encoding"]) / 10, 5),
+        }
+        print(name, rows[name], flush=True)
+    store("cost", {"rows": rows, "rounds": args.rounds, "command": f"python benchmarks/zipformer_train.py cost --rounds {args.rounds}", "versions": versions(1)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("train")
+    one.add_argument("names", nargs="+", choices=list(RUNS), metavar="RUN")
+    one.add_argument("--runs", default="runs", help="folder for checkpoints")
+    one.add_argument("--threads", type=int, default=1)
+    one.set_defaults(run=train_all)
+    one = commands.add_parser("cost")
+    one.add_argument("--rounds", type=int, default=15)
+    one.set_defaults(run=cost)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
