@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .recipes import Recipe, read_settings, run_training
 
-# %% ../nbs/workshop/cli.ipynb #e9ee945a
+# %% ../nbs/workshop/cli.ipynb #cec86395
 def _train(args) -> int:
     chosen = {entry.name: value for entry in fields(Recipe) if (value := getattr(args, entry.name)) is not None}
     recipe = Recipe(**{**(read_settings(args.config) if args.config else {}), **chosen})
@@ -92,6 +92,28 @@ def _corpus(args) -> int:
     return 0
 
 
+def _ablate(args) -> int:
+    from dataclasses import replace
+
+    from speechlearn.ablation import ABLATION, CHANGES, ablate, compare
+
+    if args.list:
+        for name, change in CHANGES.items():
+            print(f"{name:22} {change.what}")
+        return 0
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds is {args.seeds!r}; expected whole numbers joined by commas, such as 0,1,2") from None
+    recipe = ABLATION if args.steps is None else replace(ABLATION, steps=args.steps, warmup_steps=min(ABLATION.warmup_steps, args.steps // 2), schedule_steps=max(1, args.steps // 3), validate_every=args.steps)
+    results = ablate(args.changes or list(CHANGES), seeds, recipe, args.results, n_test=args.utterances, progress=lambda line: print(line, file=sys.stderr))
+    print(f"{'change':46} {'seeds':>5} {'word errors':>11} {'difference':>22} {'time':>6} {'memory':>7}")
+    for row in compare(results):
+        error = "" if row.n < 2 else f" ± {100 * row.error:.2f}"
+        print(f"{row.what:46} {row.n:5} {row.wer:11.2%} {f'{100 * row.difference:+.2f} points{error}':>22} {row.time:6.2f} {row.memory:7.2f}")
+    return 0
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each explains itself with --help.
 
@@ -132,6 +154,15 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             one.add_argument(option, type=type(entry.default), default=None, help=text, metavar=type(entry.default).__name__.upper())
     one.set_defaults(run=_train)
+
+    one = commands.add_parser("ablate", help="find out which parts of a Zipformer matter", description="Train small Zipformers with one thing changed at a time, and compare. What the results file holds already is not trained again.")
+    one.add_argument("changes", nargs="*", metavar="CHANGE", help="see --list (default: all)")
+    one.add_argument("--list", action="store_true", help="the changes there are")
+    one.add_argument("--seeds", default="0,1,2", help="joined by commas (default: 0,1,2)")
+    one.add_argument("--steps", type=int, metavar="N", help="of each run (default: 300, some three minutes on one core)")
+    one.add_argument("--utterances", type=int, default=400, metavar="N", help="of the test (default: 400)")
+    one.add_argument("--results", default="ablation.json", metavar="FILE", help="where measurements are kept (default: ablation.json)")
+    one.set_defaults(run=_ablate)
 
     one = commands.add_parser("corpus", help="make, look at and save corpora", description="Make a synthetic corpus, or look at any.")
     one.add_argument("action", choices=["make", "show"], help="make: all splits; show: the first ten utterances")
