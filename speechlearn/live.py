@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FeatureStream', 'floor_noise', 'BestPath', 'CertainBeam', 'Heard', 'LiveRecogniser', 'Listening', 'listen',
-           'plot_listening']
+           'plot_listening', 'pcm', 'microphone']
 
 # %% ../nbs/zipformer/26b_live.ipynb #f46f0b06
 import copy
@@ -431,3 +431,91 @@ def plot_listening(listening: Listening, *, ax=None):
         ax.text(shown, 1.0, word.text, rotation=60, fontsize=8, va="bottom", ha="left", color=COLOURS["vermillion"])
     ax.set(yticks=[0, 1], yticklabels=["sound", "text"], ylim=(-0.3, 2.1), xlim=(0, None), xlabel="seconds")
     return ax
+
+# %% ../nbs/zipformer/26b_live.ipynb #580a9f55
+def pcm(file, *, sample_rate: int = 16_000, block_seconds: float = 0.04) -> tuple[int, Iterator[Float[Tensor, "samples"]]]:
+    """Mono 16-bit sound from a pipe, as it comes.
+
+    Args:
+        file: a binary file, such as `sys.stdin.buffer`. With a WAV header the rate is taken from there; without, the samples are raw, little-endian.
+        sample_rate: of raw samples, in hertz.
+        block_seconds: at most so much at a time.
+
+    Returns: the sample rate, and the blocks.
+
+    Raises: AudioError: nothing came; another kind of WAV.
+
+    Chapter: zipformer/26b_live.
+    """
+    some = getattr(file, "read1", file.read)
+    begin = file.read(4)
+    if not begin:
+        raise AudioError("nothing came from standard input; pipe samples into it, for instance arecord -f S16_LE -r 16000 -c 1 | speechlearn stream -")
+    if begin == b"RIFF":
+        sample_rate, begin = _wav_header(file), b""
+    if begin in (b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04", b"FORM"):
+        raise AudioError("standard input holds a compressed file, not samples; give its name instead, or decode it: ffmpeg -i FILE -f s16le -ar 16000 -ac 1 - | speechlearn stream -")
+
+    def blocks(left):
+        most = 2 * max(1, round(block_seconds * sample_rate))
+        while got := some(most):
+            left += got
+            whole = len(left) - len(left) % 2
+            if whole:
+                yield torch.frombuffer(bytearray(left[:whole]), dtype=torch.int16).float() / 32768
+            left = left[whole:]
+        if len(left) > 1:  # a sound of two samples
+            yield torch.frombuffer(bytearray(left[: len(left) // 2 * 2]), dtype=torch.int16).float() / 32768
+
+    return sample_rate, blocks(begin)
+
+
+def _wav_header(file) -> int:
+    """Read a WAV header up to its first sample; the sample rate."""
+    file.read(8)  # the size, which a pipe does not know, and "WAVE"
+    rate = None
+    while len(head := file.read(8)) == 8 and head[:4] != b"data":
+        size = int.from_bytes(head[4:], "little")
+        content = file.read(size + size % 2)
+        if head[:4] == b"fmt ":
+            kind, channels, rate, bits = (int.from_bytes(content[a:b], "little") for a, b in ((0, 2), (2, 4), (4, 8), (14, 16)))
+            if kind not in (1, 0xFFFE) or channels != 1 or bits != 16:
+                raise AudioError(f"standard input is a WAV with {channels} channel(s) of {bits} bits, kind {kind}; one channel of 16-bit integers is needed: arecord -f S16_LE -r 16000 -c 1")
+    if rate is None or head[:4] != b"data":
+        raise AudioError("standard input begins like a WAV file, but ends before its samples")
+    return rate
+
+# %% ../nbs/zipformer/26b_live.ipynb #280ab632
+def microphone(sample_rate: int, *, block_seconds: float = 0.04, on_lost: Callable[[], None] | None = None) -> Iterator[Float[Tensor, "samples"]]:
+    """Blocks from the microphone, without end (Ctrl-C ends them). Needs the package sounddevice.
+
+    Args:
+        sample_rate: in hertz.
+        block_seconds: length of a block.
+        on_lost: called when the sound card says that samples were lost.
+
+    Raises: AudioError: no such package, or no microphone.
+
+    Chapter: zipformer/26b_live.
+    """
+    import queue
+
+    try:
+        import sounddevice
+    except ImportError as error:
+        raise AudioError("the microphone needs the package sounddevice: pip install sounddevice. Without it: arecord -f S16_LE -r 16000 -c 1 | speechlearn stream -") from error
+    except OSError as error:
+        raise AudioError(f"the package sounddevice finds no PortAudio library ({error}); install it, for instance apt install libportaudio2") from error
+    waiting = queue.SimpleQueue()
+
+    def arrived(samples, n, when, status):
+        if status and on_lost is not None:
+            on_lost()
+        waiting.put(torch.from_numpy(samples[:, 0].copy()))
+
+    try:
+        with sounddevice.InputStream(samplerate=sample_rate, channels=1, dtype="float32", blocksize=round(block_seconds * sample_rate), callback=arrived):
+            while True:
+                yield waiting.get()
+    except sounddevice.PortAudioError as error:
+        raise AudioError(f"the microphone cannot be used: {error}. Is one connected, and may this program use it?") from error
