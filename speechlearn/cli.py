@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .recipes import Recipe, read_settings, run_training
 
-# %% ../nbs/workshop/cli.ipynb #cec86395
+# %% ../nbs/workshop/cli.ipynb #0e9a4053
 def _train(args) -> int:
     chosen = {entry.name: value for entry in fields(Recipe) if (value := getattr(args, entry.name)) is not None}
     recipe = Recipe(**{**(read_settings(args.config) if args.config else {}), **chosen})
@@ -68,6 +68,67 @@ def _transcribe(args) -> int:
         else:
             print(f"{path}: {transcript.text}" if len(args.files) > 1 else transcript.text)
     return 1 if failed else 0
+
+
+class _Screen:
+    """Words as they come; on a terminal also those that may still change, at the end of the line."""
+
+    def __init__(self, out):
+        self.out, self.terminal, self.column = out, out.isatty(), 0
+
+    def show(self, heard):
+        import shutil
+
+        width = shutil.get_terminal_size().columns
+        if self.terminal:
+            self.out.write("\x1b[K")  # what was uncertain goes
+        for word in heard.words:
+            between = "" if self.column == 0 else " "
+            if self.terminal and self.column + len(word.text) + 1 >= width:
+                between, self.column = "\n", 0
+            self.out.write(between + word.text)
+            self.column += len(between.strip("\n") + word.text)
+        if self.terminal:
+            rest = (" " if self.column else "") + " ".join(word.text for word in heard.partial)
+            rest = rest[: max(0, width - 1 - self.column)] if heard.partial else ""
+            self.out.write(rest + (f"\x1b[{len(rest)}D" if rest else ""))
+        self.out.flush()
+
+
+def _stream(args) -> int:
+    from speechlearn.checkpoint import CheckpointError, list_checkpoints
+    from speechlearn.live import LiveRecogniser, listen, microphone, pcm
+    from speechlearn.recogniser import load_recogniser
+    from speechlearn.sound.waveform import stream
+
+    if args.checkpoint == "stream" and "stream" not in list_checkpoints() and not Path("stream").exists():
+        raise CheckpointError(
+            "this version of speechlearn comes without a checkpoint 'stream'. Train a model for streams, for instance: "
+            "speechlearn train --model zipformer --causal --directory FOLDER; then add --checkpoint FOLDER/recogniser"
+        )
+    recogniser = load_recogniser(args.checkpoint)
+    rate, pace = recogniser.sample_rate, "real" if args.real_time else "reckoned"
+    if args.microphone:
+        blocks, pace = microphone(rate, on_lost=lambda: print("speechlearn: the sound card has lost samples", file=sys.stderr)), "live"
+    elif args.file == "-":
+        (rate, blocks), pace = pcm(sys.stdin.buffer), "live"
+    else:
+        blocks = stream(args.file, rate, block_seconds=0.04)
+    live, screen = LiveRecogniser(recogniser, sample_rate=rate, chunk_size=args.chunk), _Screen(sys.stdout)
+    heard = listen(live, blocks, pace=pace, show=None if args.json else screen.show)
+    if args.json:
+        words = [{"text": w.text, "start": round(w.start, 3), "end": round(w.end, 3), "shown": round(shown, 3)} for w, shown in zip(heard.transcript.words, heard.shown)]
+        rounded = lambda x: None if x is None or x != x else round(x, 4)
+        print(json.dumps({
+            "file": "microphone" if args.microphone else str(args.file), "text": heard.transcript.text, "words": words, "seconds_audio": round(heard.seconds_audio, 3), "seconds_compute": round(heard.seconds_compute, 3),
+            "real_time_factor": rounded(heard.real_time_factor), "first_word_latency": rounded(heard.latencies[0] if words else None), "clock": pace,
+        }, ensure_ascii=False))
+        return 0
+    print()
+    first = f"; the first word stood there {1000 * heard.latencies[0]:.0f} ms after it had ended{' (reckoned)' if pace == 'reckoned' else ''}" if heard.latencies else ""
+    factor = f", real-time factor {heard.real_time_factor:.3f}" if heard.seconds_audio else ""
+    print(f"{heard.seconds_audio:.2f} s of sound, {heard.seconds_compute:.2f} s of computing{factor}{first}", file=sys.stderr)
+    return 0
 
 
 def _corpus(args) -> int:
@@ -130,6 +191,20 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--times", action="store_true", help="one word a line, with start and end in seconds")
     one.add_argument("--json", action="store_true", help="one JSON object a file, with the times of the words")
     one.set_defaults(run=_transcribe)
+
+    one = commands.add_parser(
+        "stream", help="write what is said, while it is said",
+        description="Write what is said, while it is said: in a file, in samples from a pipe (arecord -f S16_LE -r 16000 -c 1 | speechlearn stream -), or into a microphone. "
+        "At the end: seconds of sound and of computing, and how long after its end the first word stood there.",
+    )
+    source = one.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", nargs="?", metavar="FILE", help="sound file; - reads 16-bit samples (mono, 16 kHz, or with a WAV header) from standard input")
+    source.add_argument("--microphone", action="store_true", help="listen until Ctrl-C; needs pip install sounddevice")
+    one.add_argument("--checkpoint", default="stream", help="name of a shipped recogniser for streams, or a folder (default: stream)")
+    one.add_argument("--chunk", type=int, metavar="STEPS", help="steps of 20 ms that are computed at a time (default: as the model was trained)")
+    one.add_argument("--real-time", action="store_true", help="play the file at the speed of sound; without, it is read as fast as it goes, and waiting times are reckoned")
+    one.add_argument("--json", action="store_true", help="one JSON object at the end, with times of the words")
+    one.set_defaults(run=_stream)
 
     one = commands.add_parser("evaluate", help="measure the error rates of a recogniser", description="Transcribe a whole corpus and count the errors.")
     one.add_argument("--checkpoint", default="digits", help="name of a shipped recogniser, or a folder (default: digits)")

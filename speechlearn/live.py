@@ -171,7 +171,7 @@ class _Words:
     def rest(self, found):
         return words_of(self.begun + found, self.vocabulary)
 
-# %% ../nbs/zipformer/26b_live.ipynb #40a827e2
+# %% ../nbs/zipformer/26b_live.ipynb #8e9ce0eb
 @dataclass(frozen=True)
 class Heard:
     """What a live recogniser says after some more sound.
@@ -256,7 +256,7 @@ class LiveRecogniser:
         return Transcript(" ".join(word.text for word in self.words), self.words)
 
     @torch.no_grad()
-    def accept(self, samples: Float[Tensor, "samples"]) -> Heard:
+    def accept(self, samples: Tensor) -> Heard:
         """Take a block of sound, of any length.
 
         Raises: AudioError: NaN, infinite or no floating-point samples; the block is not taken, and the stream goes on as if it had not come. ValueError: the sound has ended.
