@@ -73,15 +73,28 @@ def restored(codes: UInt8[Tensor, "*shape"], floor: float, ceil: float, dtype: t
     """The numbers that the levels stand for. Chapter: zipformer/15_activations."""
     return codes.to(dtype).mul_((ceil - floor) / 255.0).add_(floor)  # in place: only the result is as large as the input
 
-# %% ../../nbs/zipformer/15_activations.ipynb #9ca12fab
+# %% ../../nbs/zipformer/15_activations.ipynb #4ab6e7c2
+_PIECE = 2**16  # numbers that fit into the cache, with a few results
+
+
+def _pieces(*tensors):
+    """Equal parts of tensors of one shape, to be read or written; one part where more bring nothing."""
+    if tensors[0].numel() <= _PIECE or tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors) or torch.compiler.is_compiling():
+        return [tensors]
+    return zip(*(tensor.view(-1).split(_PIECE) for tensor in tensors))
+
+
 class _LightActivation(torch.autograd.Function):
     """An activation that keeps its slope in one byte for each number."""
 
     @staticmethod
     def forward(ctx, x, function, slope, floor, ceil):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y = function(wide)
-        ctx.save_for_backward(quantised(slope(wide, y), floor, ceil, torch.rand_like(wide)))
+        y, codes = torch.empty_like(wide), torch.empty_like(wide, dtype=torch.uint8)
+        for part, out, code in _pieces(wide, y, codes):
+            out.copy_(function(part))
+            code.copy_(quantised(slope(part, out), floor, ceil, torch.rand_like(part)))
+        ctx.save_for_backward(codes)
         ctx.range = floor, ceil
         return y.to(x.dtype)
 
@@ -89,17 +102,20 @@ class _LightActivation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (codes,) = ctx.saved_tensors
-        return restored(codes, *ctx.range, dtype=grad.dtype).mul_(grad), None, None, None, None
+        out = torch.empty_like(grad)
+        for code, part, product in _pieces(codes, grad, out):
+            torch.mul(restored(code, *ctx.range, dtype=grad.dtype), part, out=product)
+        return out, None, None, None, None
 
 
 def swoosh_l_slope(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Derivative of `swoosh_l`. Chapter: zipformer/15_activations."""
-    return (x - 4.0).sigmoid_() + SLOPE_AT_LEFT
+    return (x - 4.0).sigmoid_().add_(SLOPE_AT_LEFT)
 
 
 def swoosh_r_slope(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Derivative of `swoosh_r`. Chapter: zipformer/15_activations."""
-    return (x - 1.0).sigmoid_() + SLOPE_AT_LEFT
+    return (x - 1.0).sigmoid_().add_(SLOPE_AT_LEFT)
 
 
 def double_swish_slope(x: Tensor, y: Tensor) -> Tensor:

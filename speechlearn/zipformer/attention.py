@@ -4,7 +4,7 @@
 __all__ = ['compact_angles', 'compact_encoding', 'CompactRelPositionalEncoding', 'offsets_to_keys',
            'RelPositionMultiheadAttentionWeights', 'SelfAttention', 'NonlinAttention']
 
-# %% ../../nbs/zipformer/20_attention.ipynb #1298f6a7
+# %% ../../nbs/zipformer/20_attention.ipynb #c69edefb
 import copy
 import math
 import random
@@ -12,6 +12,7 @@ import random
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .balancer import Balancer
 from .scaling import Dropout2, FloatLike, Identity, ScaledLinear, ScheduledFloat, penalize_abs_values_gt, softmax
@@ -129,7 +130,7 @@ def offsets_to_keys(by_offset: Float[Tensor, "*batch queries offsets"]) -> Float
     """
     return _OffsetsToKeys.apply(by_offset)
 
-# %% ../../nbs/zipformer/20_attention.ipynb #db42b7b8
+# %% ../../nbs/zipformer/20_attention.ipynb #f7d9f065
 def _heads(x: Float[Tensor, "frames batch channels"], n_heads: int) -> Float[Tensor, "heads batch frames d_head"]:
     return x.unflatten(-1, (n_heads, -1)).permute(2, 1, 0, 3)
 
@@ -210,13 +211,13 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
         k = _heads(self.whiten_keys(self.balance_keys(k)), self.num_heads)
         scores = q @ k.transpose(2, 3)
         if not self.training or random.random() >= float(self.pos_emb_skip_rate):
-            scores = scores + self._position_scores(p, pos_emb, len(x))
+            scores += self._position_scores(p, pos_emb, len(x))  # the largest tensors of the layer: changed in place where that is allowed
         if self.training and random.random() < 0.1:
-            scores = penalize_abs_values_gt(scores, limit=25.0, penalty=1e-4)
+            scores = penalize_abs_values_gt(scores, limit=25.0, penalty=1e-4).clone()
         if attn_mask is not None:
-            scores = scores.masked_fill(attn_mask, -1000.0)
+            scores.masked_fill_(attn_mask, -1000.0)
         if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask[:, None, :], -1000.0)
+            scores.masked_fill_(key_padding_mask[:, None, :], -1000.0)
         return nn.functional.dropout(softmax(scores, dim=-1), p=self.dropout, training=self.training)
 
     def streaming_forward(
@@ -280,7 +281,23 @@ class SelfAttention(nn.Module):
         values = torch.cat([cached_val, self.in_proj(x)])
         return self.out_proj(_joined(attn_weights @ _heads(values, len(attn_weights)))), values[len(values) - left_context_len :]
 
-# %% ../../nbs/zipformer/20_attention.ipynb #b2f9c6fa
+# %% ../../nbs/zipformer/20_attention.ipynb #3e2fcf67
+class _TanhGate(torch.autograd.Function):
+    """x · tanh(s); keeps x and s, which are parts of one tensor that is there anyway, and computes tanh(s) twice."""
+
+    @staticmethod
+    def forward(ctx, x, s):
+        ctx.save_for_backward(x, s)
+        return x * s.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, s = ctx.saved_tensors
+        gate = s.tanh()
+        return grad * gate, (grad * x).mul_(1 - gate * gate)
+
+
 class NonlinAttention(nn.Module):
     """A gated input, mixed over time by one head's weights, times another projection of the input.
 
@@ -312,8 +329,8 @@ class NonlinAttention(nn.Module):
             attn_weights: one head in the recipe; with more, the hidden channels are split among them.
         """
         s, x, y = self.in_proj(x).chunk(3, dim=-1)
-        s, y = self.tanh(self.balancer(s)), self.identity2(y)
-        x = self.identity1(self.whiten1(x) * s)
+        s, y = self.balancer(s), self.identity2(y)
+        x = self.identity1(_TanhGate.apply(self.whiten1(x), s) if torch.is_grad_enabled() and not torch.jit.is_tracing() else self.whiten1(x) * self.tanh(s))
         x = _joined(attn_weights @ _heads(x, len(attn_weights)))
         return self.whiten2(self.out_proj(self.identity3(x * y)))
 

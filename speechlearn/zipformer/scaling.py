@@ -222,7 +222,7 @@ def penalize_abs_values_gt(x: Float[Tensor, "*shape"], limit: float | int, penal
     signs = (values.sign() * (values.abs() > limit)).to(torch.int8)  # one byte for each number: all that the backward needs
     return with_loss(x, penalty * (signs * x))
 
-# %% ../../nbs/zipformer/17_scaling.ipynb #7abf961c
+# %% ../../nbs/zipformer/17_scaling.ipynb #9f98626d
 class _ScaleGradFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha):
@@ -275,7 +275,8 @@ class SoftmaxFunction(torch.autograd.Function):
 
 def softmax(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
     """Softmax over one axis; see `SoftmaxFunction`. Chapter: zipformer/17_scaling."""
-    return x.softmax(dim=dim) if torch.jit.is_tracing() else SoftmaxFunction.apply(x, dim)
+    # Of 32 bits or more, torch's own softmax keeps its result only, too, and its backward takes one pass.
+    return SoftmaxFunction.apply(x, dim) if x.dtype in (torch.float16, torch.bfloat16) and not torch.jit.is_tracing() else x.softmax(dim=dim)
 
 
 class Dropout2(nn.Module):
