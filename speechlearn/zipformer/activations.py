@@ -27,14 +27,16 @@ def double_swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     return x * torch.sigmoid(x - 1)
 
-# %% ../../nbs/zipformer/15_activations.ipynb #ba93783d
+# %% ../../nbs/zipformer/15_activations.ipynb #b759a165
 SLOPE_AT_LEFT = -0.08
 
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     # log(e^−c + e^(x − shift − c)) = log(1 + e^(x − shift)) − c: so the offset c needs no pass over the numbers of its own.
-    y = torch.logaddexp(wide.new_full((), -offset), wide - (shift + offset))
+    y = wide - (shift + offset)
+    differentiable = torch.is_grad_enabled() and x.requires_grad or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    y = torch.logaddexp(wide.new_full((), -offset), y, out=None if differentiable else y)
     return y.add_(wide, alpha=SLOPE_AT_LEFT).to(x.dtype)
 
 
@@ -159,7 +161,7 @@ class DoubleSwish(nn.Module):
             return _LightActivation.apply(x, double_swish, double_swish_slope, -0.043637, 1.2)
         return double_swish(x)
 
-# %% ../../nbs/zipformer/15_activations.ipynb #35dd9b5e
+# %% ../../nbs/zipformer/15_activations.ipynb #cadd511f
 _FUNCTIONS = {"SwooshL": (swoosh_l, swoosh_l_slope), "SwooshR": (swoosh_r, swoosh_r_slope)}
 
 
@@ -169,7 +171,7 @@ class _ActivationDropoutAndLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask)
         ctx.activation, ctx.has_bias = activation, bias is not None
         y = _FUNCTIONS[activation][0](x)
-        return F.linear(y if mask is None else y * mask, weight, bias)
+        return F.linear(y if mask is None else y.mul_(mask), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -177,7 +179,7 @@ class _ActivationDropoutAndLinear(torch.autograd.Function):
         x, weight, mask = ctx.saved_tensors
         function, slope = _FUNCTIONS[ctx.activation]
         with torch.no_grad():
-            y = function(x) if mask is None else function(x) * mask
+            y = function(x) if mask is None else function(x).mul_(mask)
             flat = grad.reshape(-1, grad.shape[-1])
             # In mixed precision the gradient has fewer bits than the weights. As in the forward, the products are of the narrower type.
             grad_weight = (flat.T @ y.reshape(-1, y.shape[-1]).to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
