@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .recipes import Recipe, read_settings, run_training
 
-# %% ../nbs/workshop/cli.ipynb #0e9a4053
+# %% ../nbs/workshop/cli.ipynb #b2c4f9aa
 def _train(args) -> int:
     chosen = {entry.name: value for entry in fields(Recipe) if (value := getattr(args, entry.name)) is not None}
     recipe = Recipe(**{**(read_settings(args.config) if args.config else {}), **chosen})
@@ -51,7 +51,12 @@ def _transcribe(args) -> int:
     from speechlearn.recogniser import load_recogniser
     from speechlearn.sound.waveform import AudioError
 
-    recogniser, failed = load_recogniser(args.checkpoint), False
+    if args.reference:
+        from speechlearn.reference import load_reference_recogniser
+
+        recogniser, failed = load_reference_recogniser(args.reference), False
+    else:
+        recogniser, failed = load_recogniser(args.checkpoint), False
     for path in args.files:
         try:
             transcript = recogniser.transcribe_file(path)
@@ -187,7 +192,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("transcribe", help="write what is said in sound files", description="Write what is said in sound files (WAV, FLAC, OGG, MP3, …) of any length.")
     one.add_argument("files", nargs="+", metavar="FILE", help="sound file")
-    one.add_argument("--checkpoint", default="digits", help="name of a shipped recogniser, or a folder (default: digits)")
+    model = one.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", default="digits", help="name of a shipped recogniser, or a folder (default: digits)")
+    model.add_argument("--reference", metavar="FOLDER", help="a downloaded Zipformer of the reference (icefall): a folder with pretrained.pt and tokens.txt")
     one.add_argument("--times", action="store_true", help="one word a line, with start and end in seconds")
     one.add_argument("--json", action="store_true", help="one JSON object a file, with the times of the words")
     one.set_defaults(run=_transcribe)
