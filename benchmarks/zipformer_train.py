@@ -6,13 +6,14 @@
 `train` trains and measures; a finished run in FOLDER is only measured. The runs:
 
 `ctc`                    a tiny Zipformer with a CTC head, subwords
+`ctc-clean`              the same without changes of the sound by chance
+`ctc-short`              the same with as many steps as cost what the run `ctc` of alignment.py costs, by the table of `cost`
 `ctc-scaled-adam`        the same with ScaledAdam
 `cr-ctc`                 the same with the consistency loss; half as many utterances in a batch, each seen twice
 `ctc-masks`              the same masks without the consistency loss
 `transducer`             begins with the encoder of `ctc` (run that first)
 `ctc+attention`          likewise
 `ctc+transducer`         both from the start
-`first-recogniser`       the model of the whole game, on the same corpus
 `causal`                 as `ctc`, for streams: chunks of 320 ms in the test
 
 `cost` compares what one training step and one second of sound cost, in one process with one thread, in turns: nothing is trained.
@@ -44,18 +45,19 @@ COMMON = dict(
 )
 RUNS = {
     "ctc": {},
+    "ctc-clean": dict(augment=False),
+    "ctc-short": dict(steps=614, schedule_steps=205, validate_every=307),
     "ctc-scaled-adam": dict(optimiser="scaled-adam", learning_rate=0.1),
     "cr-ctc": dict(consistency=True, masks=2, max_frames=2000),
     "ctc-masks": dict(masks=2),
     "transducer": dict(heads="transducer", start_from="ctc", learning_rate=3e-3),
     "ctc+attention": dict(heads="ctc+attention", start_from="ctc", learning_rate=3e-3),
     "ctc+transducer": dict(heads="ctc+transducer"),
-    "first-recogniser": dict(model="first-recogniser", vocabulary="letters", n_bins=80, learning_rate=3e-3),
     "causal": dict(causal=True),
 }
 SPLITS = {"unseen voices, unseen sentences": "test", "seen voices, unseen sentences": "seen-voice", "unseen voices, seen sentences": "seen-sentence"}
 COST = {  # what `cost` compares: the recipes of the stored runs
-    "whole game": dict(model="first-recogniser", vocabulary="letters"),
+    "whole game": dict(model="first-recogniser", vocabulary="letters", d_model=128, n_layers=4),
     "Speech-Transformer's encoder, CTC": dict(model="ctc", vocabulary="letters", d_model=128, n_layers=4),
     "Speech-Transformer": dict(model="speech-transformer", vocabulary="letters", d_model=128, n_layers=4),
     "Zipformer, CTC": dict(COMMON),
@@ -82,8 +84,6 @@ def reading(recogniser, **way):
 
 
 def ways_of(recipe):
-    if recipe.model != "zipformer":
-        return {"as it reads": {}}
     ways, heads = {}, recipe.heads.split("+")
     if "ctc" in heads:
         ways |= {"CTC, greedy": dict(way="ctc", beam=1), "CTC, prefix beam 4": dict(way="ctc", beam=4)}
