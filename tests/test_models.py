@@ -352,6 +352,34 @@ class TestPublishedSizes:
         assert model.encoder.chunk_size == (32,) and model.ctc_output[1].out_features == 33 and model.encoder_embed.out_width == 9 and model.encoder.num_encoder_layers == (1,) * 6
 
 
+class TestOfficialPackage:
+    """What `benchmarks/zipformer_models.py` found; the package itself cannot be installed here."""
+
+    ROWS = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "zipformer_models.json").read_text(encoding="utf-8"))["weights"]
+    ENCODERS = {"S": (21_377_826, 21_720_098), "M": (63_382_150, 63_944_070), "L": (146_013_641, 146_855_113)}
+
+    def test_all_sizes_are_there(self):
+        assert set(self.ROWS) == {"S", "S, causal", "M", "M, causal", "L", "L, causal"}
+
+    @pytest.mark.parametrize("name", ROWS)
+    def test_every_tensor_went_over_and_every_head_computes_the_same(self, name):
+        row = self.ROWS[name]
+        assert row["missing"] == row["unexpected"] == 0 and row["weights equal"] is True
+        compared = {"encoder output", "CTC log-probabilities", "joiner logits", "attention decoder logits"} | ({"streamed output"} if "causal" in name else set())
+        assert compared <= set(row["differences"]) and any("states" in key for key in row["differences"]) is ("causal" in name)
+        assert all(0 <= difference[kind] <= 1e-4 for difference in row["differences"].values() for kind in ("absolute", "relative"))
+
+    @pytest.mark.parametrize("name", ROWS)
+    def test_numbers_of_parameters(self, name):
+        row, size, causal = self.ROWS[name], name[0], "causal" in name
+        assert row["parts"]["encoder"] == self.ENCODERS[size][causal]
+        assert row["parameters"] == row["parameters of theirs"] == sum(row["parts"].values())
+        with torch.device("meta"):
+            model = make_asr_model(size, causal=causal, **ALL)
+        assert row["tensors"] == len(model.state_dict())
+        assert row["parts"] == {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+
+
 class Loud:
     """Unpickling it would write a file: code in a checkpoint."""
 
