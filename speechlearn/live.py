@@ -407,12 +407,13 @@ def listen(live: LiveRecogniser, blocks: Iterable[Float[Tensor, "samples"]], *, 
     deal(live.finish, live.seconds, live.seconds if pace == "reckoned" else time.perf_counter() - began)
     return Listening(live.transcript, tuple(ended), tuple(shown), live.seconds, compute)
 
-# %% ../nbs/zipformer/26b_live.ipynb #e781aed3
-def plot_listening(listening: Listening, *, ax=None):
-    """Draw when each word sounded (below) and since when it has stood in the text (above).
+# %% ../nbs/zipformer/26b_live.ipynb #f6632d58
+def plot_listening(listening: Listening, *, truth=(), ax=None):
+    """Draw where the recogniser places each word in the sound, and since when it has stood in the text.
 
     Args:
         listening: from `listen`.
+        truth: `Word` objects with their true times, drawn in a row of their own.
         ax: where to draw; a new figure when None.
 
     Returns: the axes.
@@ -424,12 +425,19 @@ def plot_listening(listening: Listening, *, ax=None):
     from speechlearn.viz import COLOURS
 
     if ax is None:
-        _, ax = plt.subplots(figsize=(7, 2.4))
+        _, ax = plt.subplots(figsize=(7, 3.0 if truth else 2.6))
+    together: dict[float, list[str]] = {}  # words that came at one moment, as one label
     for word, ended, shown in zip(listening.transcript.words, listening.ended, listening.shown):
         ax.plot([ended - (word.end - word.start), ended], [0, 0], color=COLOURS["blue"], linewidth=7, solid_capstyle="butt")
-        ax.annotate("", (shown, 0.92), (ended, 0.05), arrowprops=dict(arrowstyle="->", color=COLOURS["grey"]))
-        ax.text(shown, 1.0, word.text, rotation=60, fontsize=8, va="bottom", ha="left", color=COLOURS["vermillion"])
-    ax.set(yticks=[0, 1], yticklabels=["sound", "text"], ylim=(-0.3, 2.1), xlim=(0, None), xlabel="seconds")
+        ax.annotate("", (shown, 0.92), (ended, 0.08), arrowprops=dict(arrowstyle="->", color=COLOURS["grey"]))
+        together.setdefault(next((moment for moment in together if abs(moment - shown) < 0.02), shown), []).append(word.text)
+    for moment, words in together.items():
+        ax.text(moment, 1.0, " ".join(words), rotation=60, fontsize=9, va="bottom", ha="left", rotation_mode="anchor", color=COLOURS["vermillion"])
+    for word in truth:
+        ax.plot([word.start, word.end], [-0.8, -0.8], color=COLOURS["sky"], linewidth=7, solid_capstyle="butt")
+        ax.text((word.start + word.end) / 2, -1.0, word.text, fontsize=8, va="top", ha="center")
+    rows = {-0.8: "spoken", 0: "placed", 1: "text"} if truth else {0: "placed", 1: "text"}
+    ax.set(yticks=list(rows), yticklabels=list(rows.values()), ylim=(-1.5 if truth else -0.3, 2.2), xlim=(0, max([listening.seconds_audio, *listening.shown]) + 0.2), xlabel="seconds")
     return ax
 
 # %% ../nbs/zipformer/26b_live.ipynb #580a9f55

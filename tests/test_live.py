@@ -425,8 +425,11 @@ class TestTheClock:
             assert shown >= 0.16 * (math.floor(word.start / 0.16 + 1e-6) + 1) + 0.145 - 1e-6 or shown >= heard.seconds_audio
 
     def test_the_figure_shows_each_word(self):
-        ax = plot_listening(Listening(Transcript("one two", (ONE, TWO)), (0.5, 1.5), (2.25, 4.5), 3.0, 2.5))
-        assert [text.get_text() for text in ax.texts if text.get_text()] == ["one", "two"] and [t.get_position()[0] for t in ax.texts if t.get_text()] == [2.25, 4.5]
+        three = Word("three", 1.5, 2.0)
+        ax = plot_listening(Listening(Transcript("one two three", (ONE, TWO, three)), (0.5, 1.5, 2.0), (2.25, 4.5, 4.5), 3.0, 2.5), truth=[Word("one", 0.1, 0.7)])
+        labels = [(text.get_text(), text.get_position()[0]) for text in ax.texts if text.get_text()]
+        assert labels == [("one", 2.25), ("two three", 4.5), ("one", pytest.approx(0.4))] and ax.get_xlim()[1] > 4.5
+        assert [line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else list(line.get_xdata()) for line in ax.lines] == [[0.0, 0.5], [0.5, 1.5], [1.5, 2.0], [0.1, 0.7]]
 
 
 class Dribble(io.RawIOBase):

@@ -230,7 +230,7 @@ class TestRecogniser:
             ours, lengths = reference_features()(sound(n)[None], torch.tensor([n]))
             expected = features_of_the_recipe(sound(n))
             assert ours.shape[1] == int(lengths) == len(expected)
-            torch.testing.assert_close(ours[0], expected, atol=2e-3, rtol=1e-4)
+            torch.testing.assert_close(ours[0], expected, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("causal", [False, True], ids=["whole", "causal"])
     @pytest.mark.parametrize(("transducer", "ctc"), [(True, False), (False, True), (True, True)], ids=["transducer", "ctc", "both"])
