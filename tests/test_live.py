@@ -260,6 +260,14 @@ class TestTheWhole:
             assert sent(live, waveform, sizes) == expected
         assert live.seconds == 60_000 / 44_100 and len(expected) >= 2
 
+    def test_the_resampler_gives_everything_in_the_end(self, monkeypatch):
+        live, came = LiveRecogniser(CTC, sample_rate=44_100), []
+        encoded = live._encoded
+        monkeypatch.setattr(live, "_encoded", lambda samples: (came.append(samples), encoded(samples))[1])
+        sent(live, sound(30_000), [441] * 60)
+        torch.testing.assert_close(torch.cat(came[:-1]), torch.from_numpy(soxr.resample(sound(30_000).numpy(), 44_100, RATE)), atol=1e-6, rtol=0)
+        assert not came[-1].any()
+
     def test_nothing_that_was_certain_changes_and_partial_words_follow(self):
         live, waveform = LiveRecogniser(made("transducer")), sound(50_000)
         expected, seen = sent(live, waveform), ()
@@ -382,6 +390,10 @@ class TestTheClock:
         assert heard.shown == (2.25, 4.5) and heard.ended == (0.5, 1.5) and heard.latencies == (1.75, 3.0)
         assert heard.seconds_audio == 3.0 and heard.seconds_compute == 2.5 and heard.real_time_factor == pytest.approx(2.5 / 3)
         assert heard.transcript.text == "one two" and clock.slept == []
+
+    def test_a_late_block_waits_for_the_one_before(self, clock):
+        said = [Heard(), Heard((), (ONE,)), Heard((ONE,)), Heard((TWO,))]
+        assert listen(Scripted(clock, said, [0.25, 0.25, 1.5, 0.5]), [torch.zeros(100)] * 3).shown == (2.25, 5.0)
 
     def test_at_the_speed_of_sound(self, clock):
         heard = listen(Scripted(clock, SAID, [0.25, 0.25, 1.5, 0.5]), [torch.zeros(100)] * 3, pace="real")
