@@ -6,7 +6,7 @@ It needs the environment that is described at the beginning of `zipformer_parts.
 
 - weights: models of the package, sizes S, M and L, causal or not, with all three heads and random numbers in every parameter, are saved as a file and loaded by
   `speechlearn.models.load_reference`: bare state dicts, and for the M models as a training checkpoint with the part "model". Then both sides get the same random features of
-  unequal lengths, in evaluation mode: encoder output, log-probabilities of CTC, logits of the joiner on a small grid of frames and texts, logits of the attention decoder. Causal
+  unequal lengths, in evaluation mode: encoder output, log-probabilities of CTC, logits of the joiner on a small grid of frames and texts, logits of the attention decoder for the real symbols. Causal
   models have one chunk size and one left context; there some chunks go through both sides' streaming, too, and the states at the end are compared. A difference is the largest
   one over all numbers of a tensor, as it is, and relative to the largest number.
 - speed: Zipformer-S, not causal, with a CTC head and torch's CTC loss on both sides; {batch} utterances of 10 s, {frames} frames of 80 bins, all of equal length. Training is forward and
@@ -366,7 +366,7 @@ def timed(tasks, rounds):
     return ratio, {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def speed(rounds, more):
+def speed(rounds, more, wanted=None):
     """All rows under the present setting of memory."""
     logging.disable(logging.WARNING)  # the package describes each clipped gradient
     models, batch = speakers()
@@ -375,6 +375,9 @@ def speed(rounds, more):
     cases += [(f"training step, {name}", draw) for name, draw in KINDS.items() if draw is not None and more]
     for kind, draw in cases:
         for threads in (1, 2) if draw is None else (1,):
+            key = f"{kind}, {threads} thread{'s' * (threads > 1)}"
+            if wanted and key not in wanted:
+                continue
             torch.set_num_threads(threads)
             tasks = {}
             for side, model in models.items():
@@ -382,7 +385,6 @@ def speed(rounds, more):
                 tasks[side] = inference(model, batch) if kind == "inference" else trainer(model, batch, made[side] if "Adam" in kind else None)
             with draws(draw):
                 ratio, seconds = timed(tasks, rounds)
-            key = f"{kind}, {threads} thread{'s' * (threads > 1)}"
             rows[key] = {"ratio": round(ratio, 3), "seconds": {side: float(f"{value:.3g}") for side, value in seconds.items()}, "rounds": rounds}
             print(key, json.dumps(rows[key]), file=sys.stderr, flush=True)
     return rows
@@ -452,13 +454,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     everything = ["weights", "values", "memory", "time", "compiled"]
     parser.add_argument("--only", nargs="+", choices=everything, default=everything, help="the others stay as they were stored")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the times, whole names; the others stay as they were stored")
     parser.add_argument("--child", choices=["kept", "default", "compiled"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     parts.need_official()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if args.child:
-        print(json.dumps(compiled(args.rounds) if args.child == "compiled" else speed(args.rounds, more=args.child == "kept")))
+        print(json.dumps(compiled(args.rounds) if args.child == "compiled" else speed(args.rounds, more=args.child == "kept", wanted=args.rows)))
         return
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
@@ -472,9 +475,9 @@ def main() -> None:
         RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         RESULTS.with_suffix(".md").write_text(table(record))
 
-    def child(name, setting):
+    def child(name, setting, *more):
         bare = {key: value for key, value in os.environ.items() if key not in KEPT}
-        done = subprocess.run([sys.executable, __file__, "--rounds", str(args.rounds), "--child", name], env=bare | setting, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, __file__, "--rounds", str(args.rounds), "--child", name, *more], env=bare | setting, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     if "weights" in args.only:
@@ -490,7 +493,9 @@ def main() -> None:
         write("memory", memory(*speakers()))
     if "time" in args.only:
         for name, setting in (("kept", KEPT), ("default", {})):
-            write("time", record.get("time", {}) | {name: child(name, setting)})
+            stored = record.get("time", {})
+            rows = child(name, setting, *(["--rows", *args.rows] if args.rows else []))
+            write("time", stored | {name: (stored.get(name, {}) if args.rows else {}) | rows})
     if "compiled" in args.only:
         write("compiled", child("compiled", KEPT))
 
