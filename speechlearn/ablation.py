@@ -175,7 +175,7 @@ def without_convolution(model: nn.Module) -> None:
     """No convolution modules in the layers. Chapter: zipformer/28_which_details_matter."""
     exchange(model, ConvolutionModule, lambda old: Nothing())
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #63c5418f
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #29573e78
 @dataclass(frozen=True)
 class Change:
     """One thing that is different."""
@@ -200,17 +200,17 @@ CHANGES: dict[str, Change] = {
     "own-weights": Change("attention weights not shared", own_weights),
     "no-nonlin-attention": Change("no NonlinAttention", without_nonlin_attention, paper=0.18),
     "no-convolution": Change("no convolution modules", without_convolution),
-    "scaled-adam": Change("AdamW → ScaledAdam", recipe={"optimiser": "scaled-adam", "learning_rate": 0.1}),
-    "eden": Change("cosine → Eden", recipe={"schedule": "eden"}),
-    "noam": Change("cosine → Noam", recipe={"schedule": "noam"}),
+    "adamw": Change("ScaledAdam → AdamW", recipe={"optimiser": "adamw", "learning_rate": 5e-3}, paper=0.72),
+    "noam": Change("Eden → Noam", recipe={"schedule": "noam"}),
+    "cosine": Change("Eden → cosine to zero", recipe={"schedule": "cosine"}),
     "constants": Change("scheduled values at their end from the start", recipe={"schedule_steps": 1}),
     "slow-clock": Change("scheduled values at the recipe's pace", recipe={"schedule_steps": 20_000}),
 }
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #06fb884d
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #52c9ec89
 ABLATION = Recipe(
     model="zipformer", size="tiny", corpus="commands", utterances=5000, vocabulary="subwords", n_subwords=64, n_bins=60, augment=False,
-    steps=300, max_frames=3000, learning_rate=5e-3, warmup_steps=60, schedule_steps=100, validate_every=100, threads=1,
+    steps=300, max_frames=3000, optimiser="scaled-adam", learning_rate=0.1, schedule="eden", warmup_steps=60, schedule_steps=100, validate_every=100, threads=1,
 )
 
 # %% ../nbs/zipformer/28_which_details_matter.ipynb #32f65aae

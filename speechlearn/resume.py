@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'RUN_VERSION', 'derive_seed', 'seed_everything', 'random_state', 'set_random_state', 'random_state_kept',
-           'Batches', 'pack', 'unpack', 'gather', 'generators', 'save_run', 'save_best', 'restore_run', 'read_metrics',
-           'load_best']
+           'Batches', 'pack', 'unpack', 'gather', 'generators', 'memories', 'save_run', 'save_best', 'restore_run',
+           'read_metrics', 'load_best']
 
-# %% ../nbs/workshop/resume.ipynb #18e5a168
+# %% ../nbs/workshop/resume.ipynb #b4fd25eb
 import contextlib
 import hashlib
 import itertools
@@ -31,7 +31,7 @@ from speechlearn.checkpoint import (
     write_tensors,
 )
 
-# %% ../nbs/workshop/resume.ipynb #55911611
+# %% ../nbs/workshop/resume.ipynb #74848b26
 def derive_seed(*parts) -> int:
     """A seed below 2³² from any parts, through SHA-256: neighbours have nothing in common.
 
@@ -87,7 +87,7 @@ def random_state_kept(device: torch.device | str = "cpu"):
     finally:
         set_random_state(state, device)
 
-# %% ../nbs/workshop/resume.ipynb #cda5757e
+# %% ../nbs/workshop/resume.ipynb #d38eb1d0
 class Batches:
     """An endless row of batches in an order that depends only on the seed and the epoch.
 
@@ -194,7 +194,7 @@ def _with_batches(loader, batches):
         prefetch_factor=loader.prefetch_factor,
     )
 
-# %% ../nbs/workshop/resume.ipynb #78df89f3
+# %% ../nbs/workshop/resume.ipynb #a287997a
 def pack(tree, name: str = "") -> tuple[object, dict[str, Tensor]]:
     """Split a tree of dicts, lists and tuples into JSON values and named tensors; `unpack` puts it together.
 
@@ -241,7 +241,7 @@ def unpack(tree, tensors: dict[str, Tensor]):
         return {key: unpack(value, tensors) for key, value in tree.items()}
     return tree
 
-# %% ../nbs/workshop/resume.ipynb #1662092f
+# %% ../nbs/workshop/resume.ipynb #3ab1c7d1
 RUN_FORMAT, RUN_VERSION = "speechlearn-run", 1
 
 
@@ -264,6 +264,16 @@ def generators(model: nn.Module) -> dict[str, torch.Generator]:
     }
 
 
+def memories(model: nn.Module) -> dict[str, dict]:
+    """What modules remember between steps outside their parameters and buffers: the attributes, numbers or texts, that their class names in `remembers`.
+
+    The Zipformer's `Whiten`, for instance, looks more often where it has found something; its state dict must not say so, because it has the names of the reference.
+
+    Chapter: workshop/resume
+    """
+    return {name: {attribute: getattr(module, attribute) for attribute in module.remembers} for name, module in model.named_modules() if hasattr(module, "remembers")}
+
+
 def save_run(run) -> None:
     """Write everything that is needed to continue: last.json and the two tensor files it names.
 
@@ -271,7 +281,7 @@ def save_run(run) -> None:
     """
     if run.directory is None:
         return
-    chance = {"global": random_state(run.fabric.device), "modules": {k: g.get_state() for k, g in generators(run.model).items()}}
+    chance = {"global": random_state(run.fabric.device), "modules": {k: g.get_state() for k, g in generators(run.model).items()}, "memories": memories(run.model)}
     chances = gather(run.fabric, chance)  # each process has its own
     if run.fabric.is_global_zero:
         state = {
@@ -331,7 +341,7 @@ def _sweep(directory):
     for path in directory.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
-# %% ../nbs/workshop/resume.ipynb #bcbed12f
+# %% ../nbs/workshop/resume.ipynb #e5be5931
 _MAY_CHANGE = ("max_seconds", "validate_every", "checkpoint_every", "accelerator")
 
 
@@ -370,6 +380,10 @@ def restore_run(run) -> None:
     chance = state["chances"][run.fabric.global_rank]
     for name, generator in generators(run.model).items():
         generator.set_state(chance["modules"][name])
+    modules = dict(run.model.named_modules())
+    for name, values in chance.get("memories", {}).items():
+        for attribute, value in values.items():
+            setattr(modules[name], attribute, value)
     set_random_state(chance["global"], run.fabric.device)
 
 

@@ -594,3 +594,30 @@ def test_a_recogniser_of_the_book_continues_and_becomes_a_checkpoint(tmp_path, n
     loaded = load_checkpoint(save_checkpoint(tmp_path / "c", again, vocabulary=vocabulary))
     with torch.no_grad():
         assert torch.equal(loaded.model(features, torch.tensor([50]))[0], again(features, torch.tensor([50]))[0])
+
+
+def test_what_modules_remember_is_saved(tmp_path):
+    """A number outside parameters and buffers, which a module names in `remembers`, is that of the uninterrupted run."""
+
+    class Counting(torch.nn.Linear):
+        remembers = ("seen", "mood")
+
+        def __init__(self):
+            super().__init__(2, 1)
+            self.seen, self.mood = 0, "fresh"
+
+        def forward(self, x):
+            self.seen, self.mood = self.seen + len(x), "used"
+            return super().forward(x).square().mean() * (1 + 0.1 * self.seen)
+
+    from speechlearn.resume import memories
+
+    batches = [torch.ones(3, 2), torch.zeros(2, 2) + 0.5]
+    whole, part = Counting(), Counting()
+    part.load_state_dict(whole.state_dict())
+    first = train(whole, batches, config=TrainConfig(n_steps=6, schedule="constant", checkpoint_every=3, accelerator="cpu"), show="none")
+    train(part, batches, config=TrainConfig(n_steps=3, schedule="constant", checkpoint_every=3, accelerator="cpu"), directory=tmp_path / "run", show="none")
+    again = Counting()
+    second = train(again, batches, config=TrainConfig(n_steps=6, schedule="constant", checkpoint_every=3, accelerator="cpu"), directory=tmp_path / "run", resume=True, show="none")
+    assert memories(again) == memories(whole) == {"": {"seen": whole.seen, "mood": "used"}} and whole.seen > 12
+    assert [line["loss"] for line in second.history] == [line["loss"] for line in first.history]

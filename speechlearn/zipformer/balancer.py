@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .scaling import FloatLike, ScheduledFloat
 
-# %% ../../nbs/zipformer/18_balancer.ipynb #62b8b858
+# %% ../../nbs/zipformer/18_balancer.ipynb #e32d5f25
 def _per_channel(x: Tensor, channel_dim: int) -> list[int]:
     """All axes but that of the channels."""
     return [axis for axis in range(x.dim()) if axis != channel_dim % x.dim()]
@@ -58,6 +58,8 @@ class ActivationBalancer(nn.Module):
 
     Source: icefall, `pruned_transducer_stateless7/scaling.py`. Chapter: zipformer/18_balancer.
     """
+
+    remembers = ("cpu_count",)  # calls since the buffer was brought up to date, for a run that is continued
 
     def __init__(
         self, num_channels: int, channel_dim: int, min_positive: float = 0.05, max_positive: float = 0.95, max_factor: float = 0.04, sign_gain_factor: float = 0.01,

@@ -75,7 +75,7 @@ def _nudged(grad: Tensor, hint: Tensor, grad_scale: float) -> Tensor:
     wide = grad.to(hint.dtype)
     return hint.mul_(grad_scale * (wide.norm() / (size + 1e-20))).add_(wide).to(grad.dtype)
 
-# %% ../../nbs/zipformer/19_whitening.ipynb #27b8e6db
+# %% ../../nbs/zipformer/19_whitening.ipynb #7936d720
 class _WhitenFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, module, limit):
@@ -107,12 +107,14 @@ class Whiten(nn.Module):
         grad_scale: size of the hint relative to the gradient; may be a schedule.
 
     Attributes:
-        prob: the present one; not part of the state dict.
+        prob: the present one; not part of the state dict, but of what a training run saves (`remembers`).
 
     Raises: ValueError: a limit below 1, probabilities that do not fit.
 
     Source: Yao et al., “Zipformer”, 2024, section on the whitener; icefall, `zipformer/scaling.py`. Chapter: zipformer/19_whitening.
     """
+
+    remembers = ("prob",)
 
     def __init__(self, num_groups: int, whitening_limit: FloatLike, prob: float | tuple[float, float], grad_scale: FloatLike):
         super().__init__()
@@ -158,6 +160,8 @@ class FirstWhiten(nn.Module):
 
     Source: icefall, `pruned_transducer_stateless7/scaling.py`, class Whiten. Chapter: zipformer/19_whitening.
     """
+
+    remembers = ("prob",)
 
     def __init__(self, num_groups: int, whitening_limit: float, prob: float | tuple[float, float], grad_scale: float):
         super().__init__()
