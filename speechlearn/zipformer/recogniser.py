@@ -130,7 +130,7 @@ def small_config(size: str, vocab: int, **changes) -> ZipformerRecogniserConfig:
         chosen = chosen | dict(chunk_size=(16, 32, -1), left_context_frames=(64, 128, -1))
     return ZipformerRecogniserConfig(vocab, **(chosen | changes))
 
-# %% ../../nbs/zipformer/27b_train.ipynb #4228fc7f
+# %% ../../nbs/zipformer/27b_train.ipynb #1079e6c2
 class ZipformerRecogniser(nn.Module):
     """A Zipformer with its heads, ready for the training loop and for `Recogniser`.
 
@@ -288,6 +288,7 @@ class ZipformerRecogniser(nn.Module):
         return [(token, step, step) for token, step in zip(tokens, mean[0].argmax(dim=-1).cummax(dim=0).values.tolist())]
 
 
+
 class _Prefixes:
     """What an attention decoder has written so far, for `beam_search`; each step looks at the whole text again."""
 
@@ -313,7 +314,7 @@ def _only(batch, keep):
         batch, features=batch.features[keep][:, :frames], feature_lengths=batch.feature_lengths[keep], targets=batch.targets[keep][:, :symbols], target_lengths=batch.target_lengths[keep], texts=texts, ids=ids
     )
 
-
+# %% ../../nbs/zipformer/27b_train.ipynb #d656d72e
 def twice(batch):
     """A batch that holds every utterance twice, for the consistency loss: first all, then all again.
 
