@@ -438,7 +438,7 @@ def table(record):
     cell = lambda row: "–" if row is None else f"{row['ratio']:.2f} ({row['seconds']['ours']} s / {row['seconds']['official']} s)"
     lines += [f"| {name} | " + " | ".join(cell(times.get(setting, {}).get(name)) for setting in ("kept", "default")) + " |" for name in times.get("kept", {})]
     compiled = record.get("compiled", {})
-    lines += ["", "Ours under `torch.compile`, against theirs as it is, 1 thread: " + "; ".join(f"{kind} {value['ratio']}" if isinstance(value, dict) and value.get("ratio") else f"{kind}: {value}" for kind, value in compiled.items()) + "."] if compiled else []
+    lines += ["", "Ours under `torch.compile`, against theirs as it is, 1 thread: " + "; ".join(f"{kind} {value['ratio']}" if isinstance(value, dict) and value.get("ratio") else f"{kind} {value.get('not compiled because', value) if isinstance(value, dict) else value}" for kind, value in compiled.items()) + "."] if compiled else []
     lines += ["", "## Memory of a training step", "", "| draws | kept for the backward | highest |", "| --- | --- | --- |"]
     for name, row in record.get("memory", {}).items():
         b = row["bytes"]
