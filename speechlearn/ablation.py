@@ -325,7 +325,7 @@ def _wait(child, queue, name):
         raise RuntimeError(f"the run {name!r} failed: {measured['failed']}")
     return measured
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #58474d58
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #40d60463
 @dataclass(frozen=True)
 class Row:
     """A change, compared with no change on the same seeds."""
@@ -389,11 +389,11 @@ def plot_ablation(rows: Sequence[Row]):
     from speechlearn.viz import COLOURS
 
     rows = [row for row in rows if row.name != "none"][::-1]
-    figure, ax = plt.subplots(figsize=(7, 0.36 * len(rows) + 1.2))
+    figure, ax = plt.subplots(figsize=(6, 0.36 * len(rows) + 1.2))
     for y, row in enumerate(rows):
         width = 100 * row.error * student_t(row.n - 1) if row.n > 1 else 0.0
         ax.errorbar(100 * row.difference, y, xerr=width, fmt="o" if row.clear else "s", markersize=5, capsize=3, color=COLOURS["vermillion" if row.clear else "blue"], markerfacecolor=None if row.clear else "white")
     ax.axvline(0.0, color="0.5", linewidth=1)
-    ax.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=8)
+    ax.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=9)
     ax.set(xlabel="change of the word error rate (percentage points)")
     return figure
