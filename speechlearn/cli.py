@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .recipes import Recipe, read_settings, run_training
 
-# %% ../nbs/workshop/cli.ipynb #b2c4f9aa
+# %% ../nbs/workshop/cli.ipynb #b1d93fc6
 def _train(args) -> int:
     chosen = {entry.name: value for entry in fields(Recipe) if (value := getattr(args, entry.name)) is not None}
     recipe = Recipe(**{**(read_settings(args.config) if args.config else {}), **chosen})
@@ -241,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("changes", nargs="*", metavar="CHANGE", help="see --list (default: all)")
     one.add_argument("--list", action="store_true", help="the changes there are")
     one.add_argument("--seeds", default="0,1,2", help="joined by commas (default: 0,1,2)")
-    one.add_argument("--steps", type=int, metavar="N", help="of each run (default: 300, some three minutes on one core)")
+    one.add_argument("--steps", type=int, metavar="N", help="of each run (default: 300, about two minutes on one core)")
     one.add_argument("--utterances", type=int, default=400, metavar="N", help="of the test (default: 400)")
     one.add_argument("--results", default="ablation.json", metavar="FILE", help="where measurements are kept (default: ablation.json)")
     one.set_defaults(run=_ablate)
