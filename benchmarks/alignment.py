@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 import speechlearn
-from speechlearn.recipes import Recipe, run_training
 from speechlearn.data.synthetic import make_corpus
+from speechlearn.recipes import Recipe, run_training
 from speechlearn.recogniser import Recogniser, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "alignment.json"
@@ -47,6 +47,7 @@ class Reading:
 
     def __init__(self, model, **way):
         self.model, self.way, self.frame_seconds, self.config = model, way, model.frame_seconds, model.config
+        self.normalise = getattr(model, "normalise", "utterance")
 
     def recognise(self, features, lengths, vocabulary):
         return self.model.recognise(features, lengths, vocabulary, **self.way)

@@ -20,8 +20,6 @@
 """
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import time
@@ -30,8 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from alignment import reading, versions
 
-import speechlearn
 from speechlearn.data.batches import SpeechDataset, make_loader
 from speechlearn.data.synthetic import make_corpus
 from speechlearn.recipes import Recipe, make_model, run_training
@@ -66,23 +64,6 @@ COST = {  # what `cost` compares: the recipes of the stored runs
 }
 
 
-class Reading:
-    """A model that is always read in one way."""
-
-    def __init__(self, model, **way):
-        self.model, self.way = model, way
-        self.frame_seconds, self.config, self.normalise = model.frame_seconds, model.config, getattr(model, "normalise", "utterance")
-
-    def recognise(self, features, lengths, vocabulary):
-        return self.model.recognise(features, lengths, vocabulary, **self.way)
-
-
-def reading(recogniser, **way):
-    copy = Recogniser.__new__(Recogniser)
-    copy.__dict__.update(recogniser.__dict__, model=Reading(recogniser.model, **way))
-    return copy
-
-
 def ways_of(recipe):
     ways, heads = {}, recipe.heads.split("+")
     if "ctc" in heads:
@@ -110,10 +91,6 @@ def measure(recogniser, recipe):
     return record
 
 
-def versions(threads):
-    return {"python": platform.python_version(), "torch": torch.__version__, "speechlearn": speechlearn.__version__, "machine": f"{platform.machine()}, {threads} thread of {os.cpu_count()} cores"}
-
-
 def store(name, record):
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(results | {name: record}, indent=1, sort_keys=True) + "\n")
@@ -125,16 +102,20 @@ def train_all(args) -> None:
         if settings.get("start_from"):
             settings["start_from"] = str(Path(args.runs) / settings["start_from"] / "recogniser")
         recipe, folder, start = Recipe(**settings, threads=args.threads), Path(args.runs) / name, time.process_time()
+        trained_before = (folder / "recogniser" / "checkpoint.json").exists()
         recogniser = run_training(recipe, folder, resume=True, show="none")
         cpu_minutes = (time.process_time() - start) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if trained_before:  # only measured again: what the training took is already known
+            known = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}).get(name, {})
+            cpu_minutes, peak = known.get("cpu_minutes", 0.0), known.get("peak_mib", 0)
         metadata = json.loads((folder / "recogniser" / "checkpoint.json").read_text())["metadata"]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         store(name, {
             "recipe": {key: (RUNS[name].get("start_from", "") if key == "start_from" else value) for key, value in asdict(recipe).items() if key != "root"},
             "parameters": sum(p.numel() for p in recogniser.model.parameters()),
             "training_minutes": round(metadata["seconds"] / 60, 2),
-            "cpu_minutes": round(cpu_minutes, 2),  # 0 where a finished run was only measured
+            "cpu_minutes": round(cpu_minutes, 2),
             "peak_mib": round(peak),
             "curve": [[line["step"], round(line["valid_loss"], 4)] for line in lines if "valid_loss" in line],
             "tests": measure(recogniser, recipe),
