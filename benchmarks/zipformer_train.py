@@ -1,6 +1,6 @@
 """Small Zipformers, trained on commands, beside the models of the chapters before: error rates, training time, memory, FLOPs, speed.
 
-    python benchmarks/zipformer_train.py train RUN [RUN ...] [--runs FOLDER] [--threads N]
+    python benchmarks/zipformer_train.py train RUN [RUN ...] [--runs FOLDER] [--fsdd FOLDER] [--threads N]
     python benchmarks/zipformer_train.py cost
 
 `train` trains and measures; a finished run in FOLDER is only measured. The runs:
@@ -15,6 +15,7 @@
 `ctc+attention`          likewise
 `ctc+transducer`         both from the start
 `causal`                 as `ctc`, for streams: chunks of 320 ms in the test
+`stream`                 the checkpoint `stream` that is shipped: causal, with more utterances, digits and real recordings (--fsdd), longer; copied into the package
 
 `cost` compares what one training step and one second of sound cost, in one process with one thread, in turns: nothing is trained.
 """
@@ -52,6 +53,10 @@ RUNS = {
     "ctc+attention": dict(heads="ctc+attention", start_from="ctc", learning_rate=3e-3),
     "ctc+transducer": dict(heads="ctc+transducer"),
     "causal": dict(causal=True),
+    "stream": dict(
+        causal=True, heads="ctc+transducer", corpus="commands-xl:12000+digits:3000+fsdd:3000", telephone=0.4, fastest=1.25, hard_cut=0.8, masks=1,
+        steps=3000, schedule_steps=1000, average=0.998, validate_every=500,
+    ),
 }
 SPLITS = {"unseen voices, unseen sentences": "test", "seen voices, unseen sentences": "seen-voice", "unseen voices, seen sentences": "seen-sentence"}
 COST = {  # what `cost` compares: the recipes of the stored runs
@@ -101,6 +106,8 @@ def train_all(args) -> None:
         settings = {**COMMON, **RUNS[name]}
         if settings.get("start_from"):
             settings["start_from"] = str(Path(args.runs) / settings["start_from"] / "recogniser")
+        if "fsdd" in settings["corpus"]:
+            settings["root"] = args.fsdd
         recipe, folder, start = Recipe(**settings, threads=args.threads), Path(args.runs) / name, time.process_time()
         trained_before = (folder / "recogniser" / "checkpoint.json").exists()
         recogniser = run_training(recipe, folder, resume=True, show="none")
@@ -183,6 +190,7 @@ def main() -> None:
     one = commands.add_parser("train")
     one.add_argument("names", nargs="+", choices=list(RUNS), metavar="RUN")
     one.add_argument("--runs", default="runs", help="folder for checkpoints")
+    one.add_argument("--fsdd", default="", help="folder of the Free Spoken Digit Dataset, for `stream`")
     one.add_argument("--threads", type=int, default=1)
     one.set_defaults(run=train_all)
     one = commands.add_parser("cost")

@@ -171,7 +171,7 @@ class _Words:
     def rest(self, found):
         return words_of(self.begun + found, self.vocabulary)
 
-# %% ../nbs/zipformer/26b_live.ipynb #8e9ce0eb
+# %% ../nbs/zipformer/26b_live.ipynb #6a60304d
 @dataclass(frozen=True)
 class Heard:
     """What a live recogniser says after some more sound.
@@ -242,6 +242,9 @@ class LiveRecogniser:
         self._features, self._words = FeatureStream(recogniser.features), _Words(self.vocabulary)
         self._state = self.encoder.start(bins=recogniser.features.n_bins)
         self._n_samples = self._n_steps = self._n_received = 0
+        self._held: list[Tensor] = []
+        self._missing = self._samples_missing()
+        self._partial: tuple[Word, ...] = ()
         self.words: tuple[Word, ...] = ()
         self.finished = False
 
@@ -282,7 +285,7 @@ class LiveRecogniser:
             import numpy
 
             out.append(self._encoded(torch.from_numpy(self._resampler.resample_chunk(numpy.zeros(0, dtype="float32"), last=True))))
-        real_steps = max(0, (int(self._state.received) - 7) // 2 + 1) // 2
+        real_steps = (self._steps_of(self._n_samples) + 1) // 2
         out.append(self._encoded(torch.zeros(self.silence_behind(self._n_samples))))
         out = torch.cat(out)
         self.finished = True
@@ -294,29 +297,47 @@ class LiveRecogniser:
         A sound that is too short for one step needs none.
         """
         f, chunk = self.recogniser.features, self.encoder.chunk_size
-        window = len(f.window)
-        n_frames = 1 + (n_samples - window) // f.hop if n_samples >= window else 0
-        n_chunks = -(-max(0, (n_frames - 7) // 2) // chunk)
-        return (2 * chunk * n_chunks + 12) * f.hop + window - n_samples if n_chunks else 0
+        n_chunks = -(-self._steps_of(n_samples) // chunk)
+        return (2 * chunk * n_chunks + 12) * f.hop + len(f.window) - n_samples if n_chunks else 0
+
+    def _steps_of(self, n_samples: int) -> int:
+        """Steps of 20 ms that the front end makes of so many samples."""
+        f = self.recogniser.features
+        n_frames = 1 + (n_samples - len(f.window)) // f.hop if n_samples >= len(f.window) else 0
+        return max(0, (n_frames - 7) // 2)
+
+    def _samples_missing(self) -> int:
+        """How many more samples make the next chunk whole. Until they are there nothing can be computed that is of use."""
+        n_frames = self.encoder.window - self._state.waiting.shape[1]
+        return (n_frames - 1) * self._features.features.hop + len(self._features.features.window) + self._features.gap - len(self._features.waiting)
 
     def _must_go_on(self):
         if self.finished:
             raise ValueError("this sound has ended; call start() before the next one")
 
     def _encoded(self, samples):
-        """The encoder's new steps."""
-        frames = self._features.accept(samples + floor_noise(self._n_samples, len(samples)))[None]
+        """The encoder's new steps. Samples wait until a chunk is whole: features of every small block would cost time and bring nothing."""
+        self._held.append(samples)
         self._n_samples += len(samples)
+        self._missing -= len(samples)
+        if self._missing > 0:
+            return samples.new_zeros(0, max(self.encoder.encoder.encoder_dim))
+        samples, self._held = torch.cat(self._held), []
+        frames = self._features.accept(samples + floor_noise(self._n_samples - len(samples), len(samples)))[None]
         out, self._state = self.encoder.accept(self._state, normalise_fixed(frames, torch.tensor([frames.shape[1]])))
+        self._missing = self._samples_missing()
         self._n_steps += out.shape[1]
         return out[0]
 
     def _said(self, out, ends=False):
+        if not len(out) and not ends:
+            return Heard(partial=self._partial)
         certain = self._words.feed(self._reader.feed(out))
         rest = self._words.rest(self._reader.rest())
         placed = lambda found: tuple(Word(text, first * self.model.frame_seconds, (last + 1) * self.model.frame_seconds) for text, first, last in found)
         heard = Heard(placed(certain + rest)) if ends else Heard(placed(certain), placed(rest))
         self.words += heard.words
+        self._partial = heard.partial
         return heard
 
 # %% ../nbs/zipformer/26b_live.ipynb #6c6eda1e
