@@ -5,7 +5,7 @@ __all__ = ['SPECIALS', 'BLANK', 'PAD', 'SOS', 'EOS', 'UNK', 'LETTERS', 'DIGITS',
            'SubwordVocabulary', 'vocabulary_from_dict', 'normalise_text', 'Alignment', 'edit_table', 'edit_distance',
            'plot_edit_table', 'ErrorRate', 'error_rate', 'word_error_rate', 'character_error_rate']
 
-# %% ../nbs/sound/03_text.ipynb #3278d1b6
+# %% ../nbs/sound/03_text.ipynb #2472ef99
 import base64
 import binascii
 import io
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# %% ../nbs/sound/03_text.ipynb #27220459
+# %% ../nbs/sound/03_text.ipynb #037fdb43
 SPECIALS = ("<blank>", "<pad>", "<sos>", "<eos>", "<unk>")
 BLANK, PAD, SOS, EOS, UNK = range(5)
 
@@ -138,7 +138,7 @@ class CharacterVocabulary(_Vocabulary):
         """Everything that is needed to make it again, ready for JSON."""
         return {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
 
-# %% ../nbs/sound/03_text.ipynb #94609ad2
+# %% ../nbs/sound/03_text.ipynb #d800c4db
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -192,7 +192,7 @@ class WordVocabulary(_Vocabulary):
         """Everything that is needed to make it again, ready for JSON."""
         return {"kind": self.kind, "words": self.words, "unknown": self.unknown}
 
-# %% ../nbs/sound/03_text.ipynb #f62fe47d
+# %% ../nbs/sound/03_text.ipynb #5703423d
 def _sentencepiece():
     try:
         import sentencepiece
@@ -309,7 +309,7 @@ def vocabulary_from_dict(values: dict):
         raise ValueError(f"the description of a {kind} vocabulary lacks {error}") from error
     raise ValueError(f"there is no vocabulary of kind {kind!r}; expected characters, words or subwords")
 
-# %% ../nbs/sound/03_text.ipynb #148a8fe8
+# %% ../nbs/sound/03_text.ipynb #b7347900
 _PUNCTUATION = str.maketrans({**dict.fromkeys(".,;:!?\"()[]{}“”„«»…", " "), **dict.fromkeys("’‘`´", "'"), **dict.fromkeys("-\u2010\u2011–—_/", " ")})
 
 
@@ -337,7 +337,7 @@ def normalise_text(text: str) -> str:
         )
     return " ".join(plain.split())
 
-# %% ../nbs/sound/03_text.ipynb #76fc32d1
+# %% ../nbs/sound/03_text.ipynb #d0328c50
 @dataclass(frozen=True)
 class Alignment:
     """How a hypothesis differs from its reference.
@@ -402,9 +402,15 @@ def edit_distance(reference: Sequence, hypothesis: Sequence) -> Alignment:
             pairs.append((None, hypothesis[j]))
     return Alignment(**counts, pairs=tuple(reversed(pairs)))
 
-# %% ../nbs/sound/03_text.ipynb #9ba0fe7a
+# %% ../nbs/sound/03_text.ipynb #68a1ead2
 def plot_edit_table(reference: Sequence[str], hypothesis: Sequence[str], *, ax=None):
-    """Draw the table of edit distances with the best path through it.
+    """Draw the table of edit distances with the best path through it; the shape of each step tells its kind.
+
+    Circle: hit. Square: substitution. Triangle downwards: deletion. Triangle to the right: insertion. The number inside is that of the cell.
+
+    Args:
+        reference, hypothesis: lists of words; two texts give the table of their characters.
+        ax: where to draw; a new figure when None.
 
     Returns: the axes.
 
@@ -415,22 +421,36 @@ def plot_edit_table(reference: Sequence[str], hypothesis: Sequence[str], *, ax=N
     from speechlearn.viz import COLOURS
 
     table, pairs = edit_table(reference, hypothesis), edit_distance(reference, hypothesis).pairs
+    long_words = len(hypothesis) > 4
     if ax is None:
-        _, ax = plt.subplots(figsize=(1.2 + 0.8 * (len(hypothesis) + 1), 0.8 + 0.45 * (len(reference) + 1)))
-    ax.imshow(table, cmap="Blues", aspect="auto", vmax=1.6 * max(max(row) for row in table))
+        _, ax = plt.subplots(figsize=(max(3.2, 1.3 + 0.34 * (len(hypothesis) + 1)), 1.3 + 0.36 * (len(reference) + 1) + 0.5 * long_words))
+    ax.imshow(table, cmap="Greys", aspect="auto", vmin=-1, vmax=2.5 * max(1, max(map(max, table))))
+    steps, here = {"hits": [], "substitutions": [], "deletions": [], "insertions": []}, (0, 0)
+    path = [here]
+    for r, h in pairs:
+        kind = "deletions" if h is None else "insertions" if r is None else "hits" if r == h else "substitutions"
+        here = (here[0] + (h is not None), here[1] + (r is not None))
+        steps[kind].append(here)
+        path.append(here)
+    ax.plot(*zip(*path), color=COLOURS["black"], linewidth=1.2)
+    ax.scatter(0, 0, s=150, facecolor="white", edgecolor="none", zorder=3)  # so that the line does not cross the first number
+    looks = {"hits": ("o", "black", 250), "substitutions": ("s", "vermillion", 250), "deletions": ("v", "blue", 400), "insertions": (">", "purple", 400)}
+    for kind, (marker, colour, size) in looks.items():
+        x, y = zip(*steps[kind]) if steps[kind] else ((), ())
+        ax.scatter(x, y, s=size, marker=marker, facecolor="white", edgecolor=COLOURS[colour], linewidth=2, zorder=3, label=f"{kind}: {len(x)}")
     for i, row in enumerate(table):
         for j, value in enumerate(row):
-            ax.text(j, i, value, ha="center", va="center", fontsize=10)
-    path = [(0, 0)]
-    for r, h in pairs:
-        path.append((path[-1][0] + (h is not None), path[-1][1] + (r is not None)))
-    ax.plot(*zip(*path), color=COLOURS["vermillion"], linewidth=2, alpha=0.7)
-    ax.set_xticks(range(len(hypothesis) + 1), ["start", *hypothesis])
+            ax.text(j, i, value, ha="center", va="center", fontsize=10, zorder=4)
+    ax.xaxis.tick_top()
+    ax.set_xticks(range(len(hypothesis) + 1), ["start", *hypothesis], **(dict(rotation=50, ha="left", rotation_mode="anchor") if long_words else {}))
     ax.set_yticks(range(len(reference) + 1), ["start", *reference])
+    ax.tick_params(length=0)
+    ax.xaxis.set_label_position("top")
     ax.set(xlabel="hypothesis", ylabel="reference")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, fontsize=10, markerscale=0.6, columnspacing=1.0, handletextpad=0.4)
     return ax
 
-# %% ../nbs/sound/03_text.ipynb #d3a14634
+# %% ../nbs/sound/03_text.ipynb #aa47e499
 @dataclass(frozen=True)
 class ErrorRate:
     """Edits over a whole corpus. `rate` is a fraction of the reference and may exceed 1."""

@@ -328,16 +328,62 @@ def test_decode_does_not_collapse():
     assert vocabulary.decode([5, 5, 0, 5, 3]) == "aaa"
 
 
+def steps_in(axes):
+    """{kind: (cells, count in the legend)} of the marked steps."""
+    found = {}
+    for marks, text in zip(axes.collections[1:], axes.get_legend().get_texts(), strict=True):  # the first one lies under the start
+        kind, _, count = text.get_text().partition(": ")
+        assert marks.get_label() == text.get_text()
+        found[kind] = ([tuple(map(int, cell)) for cell in marks.get_offsets().tolist()], int(count))
+    return found
+
+
 def test_plot_of_the_table():
     reference, hypothesis = "turn on the light".split(), "turn the lights".split()
     axes = plot_edit_table(reference, hypothesis)
     (path,) = axes.lines
     assert path.get_xydata().tolist() == [[0, 0], [1, 1], [1, 2], [2, 3], [3, 4]]
+    assert steps_in(axes) == {"hits": ([(1, 1), (2, 3)], 2), "substitutions": ([(3, 4)], 1), "deletions": ([(1, 2)], 1), "insertions": ([], 0)}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["start", *hypothesis]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["start", *reference]
     assert [text.get_text() for text in axes.texts] == [str(value) for row in edit_table(reference, hypothesis) for value in row]
     import matplotlib.pyplot as plt
 
+    plt.close(axes.figure)
+
+
+def test_plot_of_the_table_tells_steps_by_shape_and_by_colour():
+    import matplotlib.pyplot as plt
+
+    axes = plot_edit_table("a b c d e f".split(), "x a b c e g".split())
+    assert {kind: count for kind, (_, count) in steps_in(axes).items()} == {"hits": 4, "substitutions": 1, "deletions": 1, "insertions": 1}
+    marks = axes.collections[1:]
+    assert len({m.get_paths()[0].vertices.tobytes() for m in marks}) == 4 and len({m.get_edgecolor().tobytes() for m in marks}) == 4
+    plt.close(axes.figure)
+
+
+@settings(max_examples=10, deadline=None)
+@given(WORDS, WORDS)
+def test_plot_of_the_table_marks_every_step_once(a, b):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    assert plot_edit_table(a.split(), b.split(), ax=axes) is axes
+    cells = [cell for kind_cells, _ in steps_in(axes).values() for cell in kind_cells]
+    (path,) = axes.lines
+    assert sorted(cells) == sorted(tuple(map(int, point)) for point in path.get_xydata()[1:])
+    assert path.get_xydata()[-1].tolist() == [len(b.split()), len(a.split())]
+    edits = sum(count for kind, (_, count) in steps_in(axes).items() if kind != "hits")
+    assert edits == (round(jiwer.wer(a, b) * len(a.split())) if a.split() else len(b.split()))
+    plt.close(figure)
+
+
+def test_plot_of_two_texts_has_letters_on_its_axes():
+    import matplotlib.pyplot as plt
+
+    axes = plot_edit_table("weather", "weater")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["start", *"weather"]
+    assert steps_in(axes)["deletions"] == ([(4, 5)], 1)
     plt.close(axes.figure)
 
 
