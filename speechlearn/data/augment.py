@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['white_noise', 'pink_noise', 'add_noise', 'reverb', 'speed', 'tilt', 'band_limit', 'gain', 'Augment']
 
-# %% ../../nbs/data/04c_augment.ipynb #ce1c6cb4
+# %% ../../nbs/data/04c_augment.ipynb #beaebd1c
 import math
 from dataclasses import dataclass, fields
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..sound.waveform import resample
 
-# %% ../../nbs/data/04c_augment.ipynb #4f3b6f5b
+# %% ../../nbs/data/04c_augment.ipynb #db4c0737
 def _power(x: Tensor) -> Tensor:
     return x.square().mean()
 
@@ -54,7 +54,7 @@ def add_noise(waveform: Float[Tensor, "samples"], noise: Float[Tensor, "noise_sa
         raise ValueError("the noise is digital silence; it cannot be brought to any level")
     return waveform + noise * (_power(waveform) / _power(noise)).sqrt() * 10 ** (-snr_db / 20)
 
-# %% ../../nbs/data/04c_augment.ipynb #3e7f7604
+# %% ../../nbs/data/04c_augment.ipynb #19caf381
 def reverb(waveform: Float[Tensor, "samples"], sample_rate: int, reverberation_seconds: float, *, mix: float = 0.5, generator: torch.Generator | None = None) -> Float[Tensor, "samples"]:
     """Play a waveform in a room: the direct sound, and an exponentially decaying tail of random echoes.
 
@@ -80,7 +80,7 @@ def reverb(waveform: Float[Tensor, "samples"], sample_rate: int, reverberation_s
     size = 1 << (len(waveform) + taps - 2).bit_length()
     return torch.fft.irfft(torch.fft.rfft(waveform, size) * torch.fft.rfft(response, size), size)[: len(waveform)]
 
-# %% ../../nbs/data/04c_augment.ipynb #c650c86e
+# %% ../../nbs/data/04c_augment.ipynb #283c9d0e
 def speed(waveform: Float[Tensor, "samples"], factor: float, *, sample_rate: int = 16_000) -> Float[Tensor, "changed"]:
     """Play faster (factor above 1) or slower; pitch changes along. The result has `samples / factor` samples.
 
@@ -132,7 +132,7 @@ def gain(waveform: Float[Tensor, "samples"], gain_db: float) -> Float[Tensor, "s
     louder = waveform * 10 ** (gain_db / 20)
     return louder / louder.abs().max().clamp(min=1.0)
 
-# %% ../../nbs/data/04c_augment.ipynb #9a3e7a65
+# %% ../../nbs/data/04c_augment.ipynb #b3301350
 @dataclass(frozen=True)
 class Augment:
     """Change a waveform by chance. Probabilities lie between 0 and 1, ranges are (lowest, highest).

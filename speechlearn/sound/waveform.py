@@ -4,7 +4,7 @@
 __all__ = ['PIPE_LENGTHS', 'UNKNOWN_LENGTH', 'AudioError', 'Player', 'play', 'check_waveform', 'plot_waveform', 'resample',
            'duration', 'peak_db', 'rms_db', 'mix_down', 'AudioInfo', 'info', 'load', 'save', 'stream']
 
-# %% ../../nbs/sound/01_waveforms.ipynb #7f92ba9a
+# %% ../../nbs/sound/01_waveforms.ipynb #264a9cc9
 import io
 import math
 import os
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../../nbs/sound/01_waveforms.ipynb #b7e58910
+# %% ../../nbs/sound/01_waveforms.ipynb #83d13037
 class AudioError(ValueError):
     """Sound that cannot be read, written or used; the text says what was wrong and what to do."""
 
@@ -59,7 +59,7 @@ def play(waveform: Float[Tensor, "samples"], sample_rate: int, label: str) -> Pl
     soundfile.write(buffer, waveform.detach().float().clamp(-1, 1).cpu().numpy(), _check_rate(sample_rate, "sample_rate"), format="FLAC", subtype="PCM_16")
     return Player(buffer.getvalue(), label)
 
-# %% ../../nbs/sound/01_waveforms.ipynb #ff8ec1e9
+# %% ../../nbs/sound/01_waveforms.ipynb #3c3339b6
 def check_waveform(waveform: Tensor, name: str = "the waveform") -> None:
     """Raise unless this is a mono waveform with finite samples.
 
@@ -95,7 +95,7 @@ def _check_rate(rate, name: str) -> int:
         raise AudioError(f"{name} is {rate!r}; expected a whole number of hertz between 1000 and 400000, such as 16000")
     return int(rate)
 
-# %% ../../nbs/sound/01_waveforms.ipynb #07b7f23b
+# %% ../../nbs/sound/01_waveforms.ipynb #a8b5963d
 def plot_waveform(waveform: Float[Tensor, "samples"], sample_rate: int, *, ax=None, words=None):
     """Draw a waveform over time in seconds.
 
@@ -127,7 +127,7 @@ def plot_waveform(waveform: Float[Tensor, "samples"], sample_rate: int, *, ax=No
         ax.text((word.start + word.end) / 2, 1.02, word.text, ha="center", transform=ax.get_xaxis_transform(), fontsize=9)
     return ax
 
-# %% ../../nbs/sound/01_waveforms.ipynb #013b4e9e
+# %% ../../nbs/sound/01_waveforms.ipynb #a3887271
 def resample(waveform: Float[Tensor, "samples"], from_rate: int, to_rate: int) -> Float[Tensor, "resampled"]:
     """Change the sample rate; what the new rate cannot hold is filtered out first.
 
@@ -152,7 +152,7 @@ def resample(waveform: Float[Tensor, "samples"], from_rate: int, to_rate: int) -
     resampled = torch.from_numpy(soxr.resample(exact.detach().cpu().numpy(), from_rate, to_rate))
     return resampled.to(waveform)
 
-# %% ../../nbs/sound/01_waveforms.ipynb #9d113161
+# %% ../../nbs/sound/01_waveforms.ipynb #f4e5e6d2
 def duration(waveform: Float[Tensor, "samples"], sample_rate: int) -> float:
     """Length in seconds.
 
@@ -190,7 +190,7 @@ def rms_db(waveform: Float[Tensor, "samples"]) -> float:
     rms = float(waveform.double().square().mean().sqrt())
     return 20 * math.log10(rms) if rms > 0 else -math.inf
 
-# %% ../../nbs/sound/01_waveforms.ipynb #f9b40a6b
+# %% ../../nbs/sound/01_waveforms.ipynb #1d3b252c
 def mix_down(channels: Float[Tensor, "channels samples"]) -> Float[Tensor, "samples"]:
     """Average all channels to one.
 
@@ -206,7 +206,7 @@ def mix_down(channels: Float[Tensor, "channels samples"]) -> Float[Tensor, "samp
         raise AudioError(f"mix_down got shape {tuple(channels.shape)} of {channels.dtype}; expected at least one sample, in floating point")
     return channels.mean(dim=0)
 
-# %% ../../nbs/sound/01_waveforms.ipynb #d230e099
+# %% ../../nbs/sound/01_waveforms.ipynb #967b04f4
 @dataclass(frozen=True)
 class AudioInfo:
     """What the header of a sound file says."""
@@ -330,7 +330,7 @@ def info(path: str | os.PathLike) -> AudioInfo:
     with file:
         return AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels, file.frames, f"{file.format} {file.subtype}")
 
-# %% ../../nbs/sound/01_waveforms.ipynb #b966996e
+# %% ../../nbs/sound/01_waveforms.ipynb #f29accdd
 def load(
     path: str | os.PathLike, sample_rate: int | None = 16_000, *, start: float = 0.0, seconds: float | None = None
 ) -> Float[Tensor, "samples"]:
@@ -373,7 +373,7 @@ def load(
         raise AudioError(f"{str(path)!r}: {len(waveform)} samples at {rate} Hz are too short to give one sample at {sample_rate} Hz")
     return resampled
 
-# %% ../../nbs/sound/01_waveforms.ipynb #4b6b2bb2
+# %% ../../nbs/sound/01_waveforms.ipynb #0fa5b5f7
 def save(path: str | os.PathLike, waveform: Float[Tensor, "samples"], sample_rate: int) -> None:
     """Write a mono waveform; the format follows the name (.wav, .flac, .ogg, .mp3, .aiff). Either all of it is written, or nothing changes.
 
@@ -411,7 +411,7 @@ def save(path: str | os.PathLike, waveform: Float[Tensor, "samples"], sample_rat
     finally:
         beside.unlink(missing_ok=True)
 
-# %% ../../nbs/sound/01_waveforms.ipynb #7924d648
+# %% ../../nbs/sound/01_waveforms.ipynb #4f254a10
 def stream(path: str | os.PathLike, sample_rate: int = 16_000, *, block_seconds: float = 30.0) -> Iterator[Float[Tensor, "samples"]]:
     """Read a file block by block; all blocks together equal `load`, and memory does not grow with the file.
 
