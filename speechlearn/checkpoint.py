@@ -317,7 +317,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str = 
         )
     model.load_state_dict(tensors, strict=False)  # strictness was checked above; extra state, if any, is not ours
 
-# %% ../nbs/workshop/checkpoint.ipynb #03e42fc7
+# %% ../nbs/workshop/checkpoint.ipynb #f54b3511
 FORMAT, VERSION = "speechlearn-recogniser", 1
 
 
@@ -373,6 +373,7 @@ def save_checkpoint(
     sha256 = write_tensors(directory / file, tensors)
     n_parameters = sum(p.numel() for p in model.parameters())
     content["weights"] = {"file": file, "sha256": sha256, "dtype": dtype, "n_parameters": n_parameters}
+    content["settings_sha256"] = _settings_sha256(content)
     write_json(directory / "checkpoint.json", content)  # from here on the new checkpoint counts
     for other in directory.glob("weights-*.safetensors"):
         if other.name != file:
@@ -383,6 +384,12 @@ def save_checkpoint(
 def _fingerprint(tensors):
     """A new name for new content, so that the old file can stay until the JSON has changed."""
     return hashlib.sha256(bytes_from_tensors({k: t.cpu().clone().contiguous() for k, t in tensors.items()})).hexdigest()[:8]
+
+
+def _settings_sha256(content):
+    """Fingerprint of what decides the output; the metadata are not in it."""
+    deciding = {name: content.get(name) for name in ("model", "config", "vocabulary", "features", "weights")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def _version(package):
@@ -406,7 +413,7 @@ def _build(name, config):
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{kind.__name__} cannot be built from the settings {config}: {error}") from error
 
-# %% ../nbs/workshop/checkpoint.ipynb #f50b717e
+# %% ../nbs/workshop/checkpoint.ipynb #a904b82f
 @dataclass(frozen=True)
 class Loaded:
     """What `load_checkpoint` gives back. Chapter: workshop/checkpoint"""
@@ -450,6 +457,11 @@ def load_checkpoint(name_or_path: str | os.PathLike, *, device: str | torch.devi
             vocabulary = vocabulary_from_dict(vocabulary)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: the vocabulary cannot be read: {error}") from error
+    if content.get("settings_sha256", found := _settings_sha256(content)) != found:  # last: what is refused above has a better message
+        raise CheckpointError(
+            f"{path} is damaged or was edited: its settings are not those that it was saved with, and could make the recogniser write nonsense. "
+            "Copy the folder again from where you got it; if you changed them on purpose, take out the entry 'settings_sha256'."
+        )
     return Loaded(
         model=model.to(device).eval(),
         vocabulary=vocabulary,

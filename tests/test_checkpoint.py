@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -345,6 +346,40 @@ def test_a_cut_file_is_noticed_without_a_fingerprint_too(saved):
 def test_a_json_that_does_not_fit(saved, changes, text):
     edit(saved, **changes)
     refused(saved, text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": {**CharacterVocabulary().to_dict(), "characters": CharacterVocabulary().characters[::-1]}},  # reads every letter as another
+        {"features": {"n_bins": 80, "hop_ms": 20.0}},
+        {"config": {"bins": 4, "vocab": 31, "dropout": 0.5}},
+        {"features": None},
+    ],
+    ids=["letters", "hop", "dropout", "no features"],
+)
+def test_settings_that_fit_and_are_others(tmp_path, changes):
+    folder = save_checkpoint(tmp_path / "tiny", tiny(), vocabulary=CharacterVocabulary(), features={"n_bins": 80, "hop_ms": 10.0})
+    edit(folder, **changes)
+    refused(folder, "is damaged or was edited: its settings are not those .* take out the entry 'settings_sha256'")
+    edit(folder, settings_sha256=None)
+    load_checkpoint(folder)  # on purpose
+
+
+def test_notes_may_be_edited_and_order_and_spaces_do_not_matter(saved):
+    edit(saved, metadata={"wer": 0.5}, saved_with={})
+    path = saved / "checkpoint.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=4))
+    assert load_checkpoint(saved).metadata == {"wer": 0.5}
+
+
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_shipped_checkpoints_carry_the_fingerprint_of_their_settings(name, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(find_checkpoint(name), folder)
+    content = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    edit(folder, features={**content["features"], "f_min": 21.0})
+    refused(folder, "its settings are not those")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]"])
