@@ -121,8 +121,34 @@ def test_librispeech_layout(tmp_path):
     corpus = librispeech(tmp_path, "test-clean")
     assert [(u.text, u.speaker, u.seconds) for u in corpus] == [("he began", "61", 0.5), ("it's done", "61", 1.5)]
     assert len(corpus[1].waveform()) == 24_000
-    with pytest.raises(RuntimeError, match="dev-clean"):
+    with pytest.raises(ValueError, match="there is no folder '.*dev-clean'; expected a part of LibriSpeech"):
         librispeech(tmp_path, "dev-clean")
+
+
+@pytest.mark.parametrize(
+    ("lines", "recordings", "message"),
+    [
+        (["5-6-0000 ONE", "5-6-0001 TWO"], [0], "1 of 2 utterances have a transcript but no recording, for instance '5-6-0001'"),
+        (["5-6-0000 ONE"], [0, 1, 2], "2 of 3 utterances have a recording but no transcript, for instance '5-6-0001'"),
+        (["5-6-0000 ONE", "5-6-0001 "], [0, 1], r"line 2: '5-6-0001 ' has no words"),
+        (["5-6-0000 ONE", "", "5-6-0001 TWO"], [0, 1], "line 2: '' has no words"),
+        (["5-6-0000 ONE", "5-6-0001 ROOM 12"], [0, 1], "utterance '5-6-0001': 'ROOM 12' contains '1', '2'"),
+    ],
+    ids=["lost recording", "lost line", "empty transcript", "empty line", "digits"],
+)
+def test_librispeech_folder_that_is_not_whole(tmp_path, lines, recordings, message):
+    chapter = tmp_path / "LibriSpeech" / "test-clean" / "5" / "6"
+    chapter.mkdir(parents=True)
+    for i in recordings:
+        save(chapter / f"5-6-{i:04d}.flac", noise(0.3, i, 16_000), 16_000)
+    (chapter / "5-6.trans.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=message):
+        librispeech(tmp_path, "test-clean")
+
+
+def test_speech_commands_without_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder '.*speech_commands_v0.02'; expected the unpacked Speech Commands"):
+        speech_commands(tmp_path)
 
 
 def test_speech_commands_layout(tmp_path):

@@ -4,7 +4,7 @@
 __all__ = ['FSDD_TAKES', 'Word', 'FilePart', 'Utterance', 'Corpus', 'Clip', 'fsdd_clips', 'DigitString', 'connected_digits',
            'fsdd', 'librispeech', 'speech_commands', 'yesno', 'DownloadError', 'download', 'unpack']
 
-# %% ../../nbs/data/04a_corpora.ipynb #a31780e6
+# %% ../../nbs/data/04a_corpora.ipynb #74865386
 import hashlib
 import os
 import re
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..sound.waveform import AudioError, info, load, resample
 from ..text import DIGITS, normalise_text
 
-# %% ../../nbs/data/04a_corpora.ipynb #2acb846c
+# %% ../../nbs/data/04a_corpora.ipynb #1c3fd6b7
 @dataclass(frozen=True)
 class Word:
     """A word and when it was spoken, in seconds from the start of the utterance."""
@@ -114,7 +114,7 @@ class Corpus(Sequence):
     def __repr__(self) -> str:
         return f"Corpus({self.name!r}, {self.split!r}: {len(self)} utterances, {len(self.speakers)} speakers, {self.seconds / 60:.1f} min)"
 
-# %% ../../nbs/data/04a_corpora.ipynb #33ed18b9
+# %% ../../nbs/data/04a_corpora.ipynb #7138d3d8
 _CLIP = re.compile(r"(?P<digit>\d)_(?P<speaker>[A-Za-z]+)_(?P<take>\d+)\.wav")
 
 
@@ -154,7 +154,7 @@ def fsdd_clips(root: str | os.PathLike | None = None) -> list[Clip]:
         raise ValueError(f"{str(folder)!r} holds no clips named like 7_jackson_32.wav; is it the right folder?")
     return clips
 
-# %% ../../nbs/data/04a_corpora.ipynb #806bfb49
+# %% ../../nbs/data/04a_corpora.ipynb #7e805ddb
 @lru_cache(maxsize=4096)
 def _clip_waveform(path: str, sample_rate: int) -> Tensor:
     return load(path, sample_rate)
@@ -224,7 +224,7 @@ def connected_digits(clips: Sequence[Clip], n: int, *, seed: int, name: str = "f
         utterances.append(Utterance(f"{name}-{split}-{seed}-{i:05d}", " ".join(w.text for w in words), speaker, now + pauses[-1], source, tuple(words)))
     return Corpus(name, split, utterances)
 
-# %% ../../nbs/data/04a_corpora.ipynb #e4f66655
+# %% ../../nbs/data/04a_corpora.ipynb #e7d4ecec
 FSDD_TAKES = {"test": range(0, 5), "dev": range(5, 10), "train": range(10, 1000)}
 
 
@@ -256,7 +256,7 @@ def fsdd(
         raise ValueError(f"the folder has no takes for the split {split!r} of {', '.join(speakers or there)}")
     return connected_digits(wanted, n, seed=seed, name="fsdd", split=split)
 
-# %% ../../nbs/data/04a_corpora.ipynb #704856a9
+# %% ../../nbs/data/04a_corpora.ipynb #75382ef1
 def _from_files(name: str, split: str, rows: Iterable[tuple[str, str, str, Path]]) -> Corpus:
     utterances = []
     for identifier, text, speaker, path in rows:
@@ -273,21 +273,45 @@ def librispeech(root: str | os.PathLike, subset: str = "test-clean") -> Corpus:
         root: the folder above `LibriSpeech`.
         subset: such as "dev-clean", "test-other", "train-clean-100".
 
-    Raises: RuntimeError or ValueError: no such folder or subset; the message names it.
+    Raises: ValueError: no such folder or subset; a recording without transcript or the other way round; a text that cannot be read in one way. The message names it.
 
     Source: Panayotov et al., ICASSP 2015; openslr.org/12, CC BY 4.0.
     Chapter: data/04a_corpora.
     """
     import torchaudio
 
-    data = torchaudio.datasets.LIBRISPEECH(root, url=subset, download=False)
+    folder = Path(root) / "LibriSpeech" / subset
+    try:
+        data = torchaudio.datasets.LIBRISPEECH(root, url=subset, download=False)
+    except RuntimeError as error:
+        raise ValueError(f"there is no folder {str(folder)!r}; expected a part of LibriSpeech (openslr.org/12)") from error
+    _check_transcripts(folder)
 
     def rows():
         for i in range(len(data)):
             path, _, text, speaker, chapter, number = data.get_metadata(i)
-            yield f"{speaker}-{chapter}-{number:04d}", normalise_text(text), str(speaker), Path(root) / "LibriSpeech" / path if not (Path(root) / path).exists() else Path(root) / path
+            name = f"{speaker}-{chapter}-{number:04d}"
+            try:
+                text = normalise_text(text)
+            except ValueError as error:
+                raise ValueError(f"utterance {name!r}: {error}") from error
+            yield name, text, str(speaker), Path(root) / "LibriSpeech" / path if not (Path(root) / path).exists() else Path(root) / path
 
     return _from_files("librispeech", subset, rows())
+
+
+def _check_transcripts(folder: Path) -> None:
+    """Refuse a LibriSpeech folder in which recordings and lines of the transcripts do not belong together one by one."""
+    listed = set()
+    for transcript in sorted(folder.glob("*/*/*.trans.txt")):
+        for number, line in enumerate(transcript.read_text(encoding="utf-8").splitlines(), 1):
+            if len(line.split()) < 2:
+                raise ValueError(f"{str(transcript)!r}, line {number}: {line!r} has no words; an empty transcript teaches nothing. Remove the utterance, or look why its text is missing.")
+            listed.add(line.split()[0])
+    there = {path.stem for path in folder.glob("*/*/*.flac")}
+    for lacks, odd in (("transcript but no recording", listed - there), ("recording but no transcript", there - listed)):
+        if odd:
+            raise ValueError(f"{str(folder)!r}: {len(odd)} of {len(listed | there)} utterances have a {lacks}, for instance {min(odd)!r}; the folder was not copied completely. Copy it again.")
 
 
 def speech_commands(root: str | os.PathLike, subset: str = "testing") -> Corpus:
@@ -302,6 +326,9 @@ def speech_commands(root: str | os.PathLike, subset: str = "testing") -> Corpus:
     """
     import torchaudio
 
+    folder = Path(root) / "SpeechCommands" / "speech_commands_v0.02"
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}; expected the unpacked Speech Commands, version 0.02")
     data = torchaudio.datasets.SPEECHCOMMANDS(root, subset=subset, download=False)
 
     def rows():
@@ -328,7 +355,7 @@ def yesno(root: str | os.PathLike) -> Corpus:
     paths = [path for path in sorted(folder.glob("*.wav")) if re.fullmatch(r"[01](_[01])*", path.stem)]
     return _from_files("yesno", "all", ((p.stem, " ".join("yes" if d == "1" else "no" for d in p.stem.split("_")), "ken", p) for p in paths))
 
-# %% ../../nbs/data/04a_corpora.ipynb #809cc8c2
+# %% ../../nbs/data/04a_corpora.ipynb #2ffb4b63
 class DownloadError(RuntimeError):
     """A file could not be fetched or is not the expected one."""
 
