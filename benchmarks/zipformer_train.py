@@ -2,6 +2,7 @@
 
     python benchmarks/zipformer_train.py train RUN [RUN ...] [--runs FOLDER] [--fsdd FOLDER] [--threads N]
     python benchmarks/zipformer_train.py cost
+    python benchmarks/zipformer_train.py live [--utterances N]
 
 `train` trains and measures; a finished run in FOLDER is only measured. The runs:
 
@@ -15,7 +16,11 @@
 `ctc+attention`          likewise
 `ctc+transducer`         both from the start
 `causal`                 as `ctc`, for streams: chunks of 320 ms in the test
-`stream`                 the checkpoint `stream` that is shipped: causal, with more utterances, digits and real recordings (--fsdd), longer; copied into the package
+`stream-ctc`             as `causal`, with more utterances, digits and real recordings (--fsdd), longer
+`stream`                 begins with the encoder of `stream-ctc`, and gets a transducer beside the CTC head: the checkpoint that is shipped; it is copied into the package
+
+`live` sends the test sentences of commands through the shipped checkpoint `stream` in blocks of 40 ms, one thread: errors, real-time factor, and how long the
+first word takes from its true end to the screen.
 
 `cost` compares what one training step and one second of sound cost, in one process with one thread, in turns: nothing is trained.
 """
@@ -31,17 +36,23 @@ from pathlib import Path
 import torch
 from alignment import reading, versions
 
+import speechlearn
+from speechlearn.checkpoint import load_checkpoint, save_checkpoint
 from speechlearn.data.batches import SpeechDataset, make_loader
+from speechlearn.data.corpora import fsdd
 from speechlearn.data.synthetic import make_corpus
+from speechlearn.live import LiveRecogniser, listen
 from speechlearn.recipes import Recipe, make_model, run_training
-from speechlearn.recogniser import Recogniser, evaluate
+from speechlearn.recogniser import Recogniser, evaluate, load_recogniser
 from speechlearn.sound.features import LogMel
+from speechlearn.text import error_rate
 
 RESULTS = Path(__file__).parent / "results" / "zipformer_train.json"
 COMMON = dict(
     model="zipformer", size="tiny", corpus="commands", utterances=5000, vocabulary="subwords", n_subwords=64, n_bins=60, telephone=0.2, fastest=1.18, hard_cut=0.0,
     steps=900, max_frames=4000, learning_rate=5e-3, schedule_steps=300, validate_every=100,
 )
+MIXTURE = dict(corpus="commands-xl:12000+digits:3000+fsdd:3000", telephone=0.4, fastest=1.25, hard_cut=0.8, average=0.998, validate_every=250)
 RUNS = {
     "ctc": {},
     "ctc-clean": dict(augment=False),
@@ -53,10 +64,8 @@ RUNS = {
     "ctc+attention": dict(heads="ctc+attention", start_from="ctc", learning_rate=3e-3),
     "ctc+transducer": dict(heads="ctc+transducer"),
     "causal": dict(causal=True),
-    "stream": dict(
-        causal=True, heads="ctc+transducer", corpus="commands-xl:12000+digits:3000+fsdd:3000", telephone=0.4, fastest=1.25, hard_cut=0.8, masks=1,
-        steps=3000, schedule_steps=1000, average=0.998, validate_every=500,
-    ),
+    "stream-ctc": dict(causal=True, **MIXTURE, steps=2000, schedule_steps=600),
+    "stream": dict(causal=True, heads="ctc+transducer", start_from="stream-ctc", **MIXTURE, learning_rate=3e-3, steps=1500, schedule_steps=300),
 }
 SPLITS = {"unseen voices, unseen sentences": "test", "seen voices, unseen sentences": "seen-voice", "unseen voices, seen sentences": "seen-sentence"}
 COST = {  # what `cost` compares: the recipes of the stored runs
@@ -84,12 +93,17 @@ def ways_of(recipe):
 
 def measure(recogniser, recipe):
     record = {}
+    more = {}
+    if "+" in recipe.corpus:
+        more = {"digits, unseen voices": make_corpus("digits", "test"), "FSDD, known speakers, new takes": fsdd(recipe.root, "test", n=300)}
     for name, way in ways_of(recipe).items():
-        record[name] = {}
+        record[name], corpora = {}, dict(more)
         for label, split in SPLITS.items():
             if label != "unseen voices, unseen sentences" and name in ("CTC, greedy", "transducer, beam 1"):
                 continue
-            result = evaluate(reading(recogniser, **way), make_corpus("commands", split)).summary()
+            corpora[label] = make_corpus("commands", split)
+        for label, corpus in corpora.items():
+            result = evaluate(reading(recogniser, **way), corpus).summary()
             record[name][label] = {key: result[key] for key in ("wer", "cer", "substitutions", "deletions", "insertions", "words")}
             record[name][label]["real_time_factor"] = round(result["seconds_compute"] / result["seconds_audio"], 5)
         print(name, {label: f"{row['wer']:.2%}" for label, row in record[name].items()}, flush=True)
@@ -118,7 +132,7 @@ def train_all(args) -> None:
             cpu_minutes, peak = known.get("cpu_minutes", 0.0), known.get("peak_mib", 0)
         metadata = json.loads((folder / "recogniser" / "checkpoint.json").read_text())["metadata"]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        store(name, {
+        record = {
             "recipe": {key: (RUNS[name].get("start_from", "") if key == "start_from" else value) for key, value in asdict(recipe).items() if key != "root"},
             "parameters": sum(p.numel() for p in recogniser.model.parameters()),
             "training_minutes": round(metadata["seconds"] / 60, 2),
@@ -128,7 +142,46 @@ def train_all(args) -> None:
             "tests": measure(recogniser, recipe),
             "command": f"python benchmarks/zipformer_train.py train {name} --threads {args.threads}",
             "versions": versions(args.threads),
-        })
+        }
+        store(name, record)
+        if name == "stream":
+            ship(folder, record)
+
+
+def ship(folder, record) -> None:
+    loaded = load_checkpoint(folder / "recogniser")
+    metadata = {
+        "trained_on": record["recipe"]["corpus"], "recipe": record["recipe"], "command": record["command"] + " --fsdd FOLDER",
+        "licence": "CC BY-SA 4.0 as far as derived from the Free Spoken Digit Dataset; see NOTICE",
+        "attribution": "Free Spoken Digit Dataset, Zohar Jackson and contributors, github.com/Jakobovski/free-spoken-digit-dataset",
+        "word_error_rates": {test: round(row["wer"], 5) for test, row in record["tests"]["transducer, beam 4"].items()},
+    }
+    target = save_checkpoint(Path(speechlearn.__file__).parent / "checkpoints" / "stream", loaded.model, vocabulary=loaded.vocabulary, features=loaded.features, metadata=metadata, dtype="float16")
+    print(target.name, sum(p.stat().st_size for p in target.iterdir()), "bytes")
+
+
+def live(args) -> None:
+    torch.set_num_threads(1)
+    recogniser, corpus, rows = load_recogniser("stream"), make_corpus("commands", "test", n=args.utterances), {}
+    for way in ("ctc", "transducer"):
+        for chunk in (16, 32):
+            live = LiveRecogniser(recogniser, way=way, chunk_size=chunk, left_context=64)
+            texts, first, seconds, compute = [], [], 0.0, 0.0
+            for u in corpus:
+                live.start()
+                waveform = u.waveform(recogniser.sample_rate)
+                heard = listen(live, waveform.split(recogniser.sample_rate // 25))
+                texts.append(heard.transcript.text)
+                seconds, compute = seconds + heard.seconds_audio, compute + heard.seconds_compute
+                if heard.transcript.words and heard.transcript.words[0].text == u.words[0].text:
+                    first.append(1000 * (heard.shown[0] - u.words[0].end))
+            first.sort()
+            rows[f"{way}, chunks of {20 * chunk} ms"] = {
+                "wer": error_rate([u.text for u in corpus], texts, unit="word").rate, "real_time_factor": round(compute / seconds, 4), "utterances": len(corpus), "first_words": len(first),
+                "first_word_ms": {"median": round(statistics.median(first)), "of 10 the latest": round(first[len(first) * 9 // 10])},
+            }
+            print(way, chunk, rows[f"{way}, chunks of {20 * chunk} ms"], flush=True)
+    store("live", {"rows": rows, "command": f"python benchmarks/zipformer_train.py live --utterances {args.utterances}", "versions": versions(1)})
 
 
 def cost(args) -> None:
@@ -196,6 +249,9 @@ def main() -> None:
     one = commands.add_parser("cost")
     one.add_argument("--rounds", type=int, default=15)
     one.set_defaults(run=cost)
+    one = commands.add_parser("live")
+    one.add_argument("--utterances", type=int, default=400)
+    one.set_defaults(run=live)
     args = parser.parse_args()
     args.run(args)
 

@@ -4,7 +4,7 @@
 __all__ = ['FeatureStream', 'floor_noise', 'BestPath', 'CertainBeam', 'Heard', 'LiveRecogniser', 'Listening', 'listen',
            'plot_listening', 'pcm', 'microphone']
 
-# %% ../nbs/zipformer/26b_live.ipynb #f46f0b06
+# %% ../nbs/zipformer/26b_live.ipynb #0b11b02d
 import copy
 import functools
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .alignment.transducer_search import SearchState, TransducerSearch
 from .data.corpora import Word
 from .recogniser import FLOOR_DB, Recogniser, Transcript
-from .sound.features import LogMel, log_mel, normalise_fixed
+from .sound.features import LogMel, RunningNormalisation, log_mel, normalise_running
 from .sound.waveform import AudioError, check_waveform
 from .whole_game import words_of
 from .zipformer.recogniser import ZipformerRecogniser
@@ -171,7 +171,7 @@ class _Words:
     def rest(self, found):
         return words_of(self.begun + found, self.vocabulary)
 
-# %% ../nbs/zipformer/26b_live.ipynb #6a60304d
+# %% ../nbs/zipformer/26b_live.ipynb #efc9a4ea
 @dataclass(frozen=True)
 class Heard:
     """What a live recogniser says after some more sound.
@@ -239,7 +239,7 @@ class LiveRecogniser:
             import soxr
 
             self._resampler = soxr.ResampleStream(self.sample_rate, recogniser.sample_rate, 1, dtype="float32")
-        self._features, self._words = FeatureStream(recogniser.features), _Words(self.vocabulary)
+        self._features, self._normalisation, self._words = FeatureStream(recogniser.features), RunningNormalisation(recogniser.features.n_bins), _Words(self.vocabulary)
         self._state = self.encoder.start(bins=recogniser.features.n_bins)
         self._n_samples = self._n_steps = self._n_received = 0
         self._held: list[Tensor] = []
@@ -323,8 +323,8 @@ class LiveRecogniser:
         if self._missing > 0:
             return samples.new_zeros(0, max(self.encoder.encoder.encoder_dim))
         samples, self._held = torch.cat(self._held), []
-        frames = self._features.accept(samples + floor_noise(self._n_samples - len(samples), len(samples)))[None]
-        out, self._state = self.encoder.accept(self._state, normalise_fixed(frames, torch.tensor([frames.shape[1]])))
+        frames = self._features.accept(samples + floor_noise(self._n_samples - len(samples), len(samples)))
+        out, self._state = self.encoder.accept(self._state, self._normalisation.accept(frames)[None])
         self._missing = self._samples_missing()
         self._n_steps += out.shape[1]
         return out[0]

@@ -27,7 +27,7 @@ from .zipformer.convolution import Conv2dSubsampling
 from .zipformer.encoder import Zipformer2, zipformer_config
 from .zipformer.streaming import QUIET
 
-# %% ../nbs/workshop/reference.ipynb #36542c27
+# %% ../nbs/workshop/reference.ipynb #3b48a42e
 @dataclass(frozen=True)
 class Architecture:
     """What the tensors of a checkpoint say about their model. Tuples have an entry for each stack.
@@ -107,7 +107,7 @@ def architecture(weights: Mapping[str, Tensor]) -> Architecture:
         encoder |= dict(chunk_size=(-1,), left_context_frames=(-1,))  # a whole file is there, so nothing needs to be hidden
     front = tuple(shape(f"encoder_embed.conv.{k}.weight")[0] for k in (0, 4, 7))
     bands = shape("encoder_embed.out.weight")[1] // front[2]
-    if bands != 19:
+    if bands != 19:  # the front end makes 19 bands of 80 bins: ((80 − 1) // 2 − 1) // 2
         raise CheckpointError(f"this model takes about {4 * bands + 4} mel bins; the recipe that is followed here has 80")
 
     has = {"transducer": "joiner.output_linear.weight", "ctc": "ctc_output.1.weight", "attention": "attention_decoder.decoder.embed.weight"}

@@ -19,25 +19,9 @@ import speechlearn  # noqa: F401  before torchaudio, so that it loads beside a C
 import torchaudio
 from torchaudio.compliance import kaldi
 
+from speechlearn.data.synthetic import sampler
 from speechlearn.sound.features import (
-    GlobalNormalisation,
-    KaldiFbank,
-    LogMel,
-    SpecAugment,
-    VocalTractWarp,
-    _checked_lengths,
-    frame_signal,
-    hz_to_mel,
-    kaldi_fbank,
-    log_mel,
-    mel_filter_bank,
-    mel_to_hz,
-    n_frames,
-    normalise_utterance,
-    plot_spectrogram,
-    power_spectrum,
-    warp_frequencies,
-    window_function,
+    GlobalNormalisation, KaldiFbank, LogMel, RunningNormalisation, SpecAugment, VocalTractWarp, _checked_lengths, frame_signal, hz_to_mel, kaldi_fbank, log_mel, mel_filter_bank, mel_to_hz, n_frames, normalise_running, normalise_utterance, plot_spectrogram, power_spectrum, warp_frequencies, window_function,
 )
 
 KALDI_NAMES = {"povey": "povey", "hann_symmetric": "hanning", "hamming": "hamming", "rectangular": "rectangular"}
@@ -812,3 +796,72 @@ def test_factors_of_the_warp_stay_in_their_range(monkeypatch):
     monkeypatch.setattr("speechlearn.sound.features.warp_frequencies", lambda x, factors, **k: seen.append(factors) or x)
     VocalTractWarp(0.25, generator=torch.Generator().manual_seed(0))(torch.zeros(500, 1, 8), torch.ones(500, dtype=torch.long))
     assert 0.8 <= seen[0].min() < 0.82 and 1.23 < seen[0].max() <= 1.25 and seen[0].log().mean().abs() < 0.02
+
+
+class TestRunningNormalisation:
+    @staticmethod
+    def one_by_one(x):
+        """The statistics as the chapter's words say them, frame by frame, in plain Python."""
+        n_bins = x.shape[1]
+        loudest, heard, rows = -4.0, [], []  # frames that count: [age, values]
+        for values in x.tolist():
+            loudness = sum(values) / n_bins
+            loudest = max(loudest - 4.6 / 6000, loudness)
+            for entry in heard:
+                entry[0] += 1
+            if loudness > max(loudest - 4.6, -10.9):
+                heard.append([0, values])
+            weights = [math.exp(-age / 600) for age, _ in heard]
+            row = []
+            for k in range(n_bins):
+                count = 30 + sum(weights)
+                mean = (30 * -4.0 + sum(w * v[k] for w, (_, v) in zip(weights, heard))) / count
+                square = (30 * (2.5**2 + 16.0) + sum(w * v[k] ** 2 for w, (_, v) in zip(weights, heard))) / count
+                row.append((values[k] - mean) / math.sqrt(max(square - mean**2, 0.25)))
+            rows.append(row)
+        return torch.tensor(rows)
+
+    def test_against_plain_python(self):
+        generator = torch.Generator().manual_seed(0)
+        loudness = torch.tensor([-14.0] * 20 + [-3.0] * 60 + [-13.0] * 60 + [2.0] * 30 + [-5.0] * 30)  # silence, a word, a pause, a shout, a distant voice
+        x = torch.randn(200, 3, generator=generator) + loudness[:, None]
+        torch.testing.assert_close(RunningNormalisation(3).accept(x), self.one_by_one(x), atol=1e-5, rtol=1e-5)
+
+    @given(cuts=st.lists(st.integers(0, 4500), max_size=6), seed=st.integers(0, 99))
+    def test_cut_anywhere(self, cuts, seed):
+        x = 4 * torch.randn(4500, 2, generator=torch.Generator().manual_seed(seed)) - 5
+        whole, one, cuts = RunningNormalisation(2).accept(x), RunningNormalisation(2), sorted(cuts)
+        parts = [one.accept(x[a:b]) for a, b in zip([0, *cuts], [*cuts, 4500])]
+        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
+
+    def test_a_pause_is_no_shock(self):
+        """After a minute of hiss the next word looks as it would have looked without it."""
+        generator = torch.Generator().manual_seed(1)
+        word, hiss = 2.5 * torch.randn(100, 4, generator=generator) - 3, 0.6 * torch.randn(6000, 4, generator=generator) - 12
+        one = RunningNormalisation(4)
+        one.accept(word)
+        before = copy.deepcopy(one).accept(word)
+        assert one.accept(hiss).max() < 0, "hiss stays below what is normal"
+        after = one.accept(word)
+        assert (after - before).abs().mean() < 0.4 and after.abs().max() < 6
+
+    def test_level_is_learnt(self):
+        utterance = sampler()[0]
+        mel, lengths = LogMel(n_bins=20)(utterance.waveform(16_000)[None], torch.tensor([len(utterance.waveform(16_000))]))
+        n = int(lengths[0])
+        near, far = normalise_running(mel + 2.3, lengths)[0], normalise_running(mel - 2.3, lengths)[0]
+        loud = mel[0].mean(dim=1) > mel[0].mean(dim=1).max() - 4
+        late = loud & (torch.arange(mel.shape[1]) > n // 2)
+        assert (near - far)[late].abs().mean() < 0.3 * 4.6 / 2.5, "the level is passed on"
+
+    def test_padding_and_errors(self):
+        x = torch.randn(2, 9, 3) - 4
+        y = normalise_running(x, torch.tensor([9, 4]))
+        assert torch.equal(y[1, 4:], torch.zeros(5, 3)) and torch.equal(y[1, :4], RunningNormalisation(3).accept(x[1, :4]))
+        assert RunningNormalisation(3).accept(x[0, :0]).shape == (0, 3)
+        one = RunningNormalisation(3)
+        with pytest.raises(ValueError, match="made for 3"):
+            one.accept(torch.zeros(5, 4))
+        with pytest.raises(ValueError, match="NaN"):
+            one.accept(torch.full((5, 3), math.nan))
+        torch.testing.assert_close(one.accept(x[0]), RunningNormalisation(3).accept(x[0]))  # what was refused has changed nothing

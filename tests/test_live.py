@@ -23,7 +23,7 @@ from speechlearn.cli import main
 from speechlearn.data.corpora import Word
 from speechlearn.live import BestPath, CertainBeam, FeatureStream, Heard, Listening, LiveRecogniser, _Words, floor_noise, listen, microphone, pcm, plot_listening
 from speechlearn.recogniser import Recogniser, Transcript
-from speechlearn.sound.features import LogMel, normalise_fixed
+from speechlearn.sound.features import LogMel, normalise_running
 from speechlearn.sound.waveform import AudioError, resample, save
 from speechlearn.text import CharacterVocabulary, SubwordVocabulary, WordVocabulary
 from speechlearn.whole_game import words_of
@@ -48,7 +48,7 @@ def made(heads="ctc", vocabulary=None, causal=True, seed=0, **changes):
             if parameter.dim() > 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         mel, lengths = features(sound(50_000)[None], torch.tensor([50_000]))
-        out = model(normalise_fixed(mel, lengths), lengths)[0][0]
+        out = model(normalise_running(mel, lengths), lengths)[0][0]
         for layer in filter(None, (model.model.ctc_output and model.model.ctc_output[1], model.model.joiner and model.model.joiner.encoder_proj)):
             layer.weight.copy_(torch.randn_like(layer.weight))
             layer.weight.mul_(3 / (out @ layer.weight.T).std(dim=0)[:, None])
@@ -88,7 +88,7 @@ def steps_of_the_whole(recogniser, waveform):
     padded = padded + floor_noise(0, len(padded))
     mel, lengths = recogniser.features(padded[None], torch.tensor([len(padded)]))
     with torch.no_grad():
-        out, _ = recogniser.model(normalise_fixed(mel, lengths), lengths)
+        out, _ = recogniser.model(normalise_running(mel, lengths), lengths)
     return out[:, : ((n_frames - 7) // 2 + 1) // 2]
 
 

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['MEL_FACTOR', 'KALDI_FLOOR', 'n_frames', 'frame_signal', 'window_function', 'power_spectrum', 'hz_to_mel', 'mel_to_hz',
            'mel_filter_bank', 'log_mel', 'LogMel', 'plot_spectrogram', 'kaldi_fbank', 'KaldiFbank',
-           'normalise_utterance', 'normalise_fixed', 'GlobalNormalisation', 'SpecAugment', 'warp_frequencies',
-           'VocalTractWarp']
+           'normalise_utterance', 'normalise_fixed', 'GlobalNormalisation', 'RunningNormalisation', 'normalise_running',
+           'SpecAugment', 'warp_frequencies', 'VocalTractWarp']
 
 # %% ../../nbs/sound/02_features.ipynb #aaaf4a3e
 import math
@@ -441,6 +441,65 @@ class GlobalNormalisation(nn.Module):
             raise ValueError("GlobalNormalisation has not been fitted; call fit with features of the training set, or load its state")
         valid = (torch.arange(features.shape[1], device=features.device) < feature_lengths[:, None])[..., None]
         return ((features - self.mean) / self.deviation).where(valid, 0.0)
+
+# %% ../../nbs/sound/02_features.ipynb #8461ff19
+class RunningNormalisation:
+    """Normalise with statistics of the sound so far, bin by bin; for a stream of log-mel frames at 100 a second.
+
+    Frames take part when they are at most 20 dB below the loudest so far, and fade with a memory of 600 frames. A prior mean and deviation count as 30 frames.
+
+    Args:
+        n_bins: of the features.
+
+    Chapter: sound/02_features.
+    """
+
+    mean, deviation, prior = -4.0, 2.5, 30.0  # of our synthetic commands with augmentation, within utterances
+    memory = 600.0  # frames
+    span, sinking, lowest = 4.6, 4.6 / 6000, -10.9  # in natural logarithms of power: 20 dB, 20 dB a minute, 30 dB below the prior
+
+    def __init__(self, n_bins: int = 80):
+        self.loudest = self.mean
+        one = torch.ones(n_bins, dtype=torch.float64)
+        self.count, self.total, self.squares = self.prior * one[:1], self.prior * self.mean * one, self.prior * (self.deviation**2 + self.mean**2) * one
+
+    def accept(self, frames: Float[Tensor, "frames bins"]) -> Float[Tensor, "frames bins"]:
+        """The next frames, normalised. However a sound is cut into calls, the result is the same.
+
+        Raises: ValueError: another number of bins; NaN or infinite features.
+        """
+        if frames.shape[1] != len(self.total):
+            raise ValueError(f"the features have {frames.shape[1]} bins; RunningNormalisation was made for {len(self.total)}")
+        if not frames.isfinite().all():
+            raise ValueError("the features hold NaN or infinite numbers; all statistics would be NaN from then on")
+        return torch.cat([self._accept(part) for part in frames.split(2000)]) if len(frames) else frames
+
+    def _accept(self, frames):
+        x, t = frames.double(), torch.arange(1, len(frames) + 1, dtype=torch.float64, device=frames.device)
+        loudness = x.mean(dim=1)
+        # A maximum that sinks: the maximum of what rises as fast as it sinks.
+        loudest = (loudness + self.sinking * t).cummax(dim=0).values.clamp(min=self.loudest) - self.sinking * t
+        counts = (loudness > (loudest - self.span).clamp(min=self.lowest)).double()
+        # A sum that fades: a sum of numbers that grow, divided by the growth. The prior does not fade: what it has lost is given back.
+        growth, back = torch.exp(t / self.memory)[:, None], self.prior * (1 - torch.exp(-t / self.memory))[:, None]
+        faded = lambda old, new: (old + (counts[:, None] * new * growth).cumsum(dim=0)) / growth
+        count = faded(self.count, torch.ones_like(x[:, :1])) + back
+        total = faded(self.total, x) + back * self.mean
+        squares = faded(self.squares, x.square()) + back * (self.deviation**2 + self.mean**2)
+        self.loudest, self.count, self.total, self.squares = float(loudest[-1]), count[-1], total[-1], squares[-1]
+        mean = total / count
+        return ((x - mean) / (squares / count - mean.square()).clamp(min=0.25).sqrt()).to(frames.dtype)
+
+
+def normalise_running(features: Float[Tensor, "batch frames bins"], feature_lengths: Int[Tensor, "batch"]) -> Float[Tensor, "batch frames bins"]:
+    """Normalise each utterance of a batch as a stream of its own, with `RunningNormalisation`; frames beyond the end are zero.
+
+    Chapter: sound/02_features.
+    """
+    out = torch.zeros_like(features)
+    for row, x, n in zip(out, features, feature_lengths.tolist()):
+        row[:n] = RunningNormalisation(features.shape[2]).accept(x[:n])
+    return out
 
 # %% ../../nbs/sound/02_features.ipynb #3b238927
 class SpecAugment(nn.Module):

@@ -130,7 +130,7 @@ def small_config(size: str, vocab: int, **changes) -> ZipformerRecogniserConfig:
         chosen = chosen | dict(chunk_size=(16, 32, -1), left_context_frames=(64, 128, -1))
     return ZipformerRecogniserConfig(vocab, **(chosen | changes))
 
-# %% ../../nbs/zipformer/27b_train.ipynb #1079e6c2
+# %% ../../nbs/zipformer/27b_train.ipynb #c51578a3
 class ZipformerRecogniser(nn.Module):
     """A Zipformer with its heads, ready for the training loop and for `Recogniser`.
 
@@ -158,7 +158,7 @@ class ZipformerRecogniser(nn.Module):
     @property
     def normalise(self) -> str:
         """How features must be normalised: a stream does not know the mean of what is still to come."""
-        return "fixed" if self.config.causal else "utterance"
+        return "running" if self.config.causal else "utterance"
 
     def forward(self, features: Float[Tensor, "batch frames bins"], feature_lengths: Int[Tensor, "batch"]) -> tuple[Float[Tensor, "batch steps channels"], Int[Tensor, "batch"]]:
         """The encoder's output every 40 ms, and the number of valid steps of each utterance."""
