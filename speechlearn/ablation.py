@@ -175,7 +175,7 @@ def without_convolution(model: nn.Module) -> None:
     """No convolution modules in the layers. Chapter: zipformer/28_which_details_matter."""
     exchange(model, ConvolutionModule, lambda old: Nothing())
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #142a2e0f
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #e66a042c
 @dataclass(frozen=True)
 class Change:
     """One thing that is different."""
@@ -197,7 +197,7 @@ CHANGES: dict[str, Change] = {
     "neither": Change("Balancer and Whiten off", without_either, paper=0.16),
     "no-bypass": Change("no bypass in the layers", without_bypass, paper=0.07),
     "one-rate": Change("all stacks at 25 frames per second", sizes={"downsampling_factor": (2, 2, 2)}, paper=0.30),
-    "own-weights": Change("attention weights not shared", own_weights, paper=0.13),  # measured without NonlinAttention
+    "own-weights": Change("attention weights not shared", own_weights, paper=0.13),
     "no-nonlin-attention": Change("no NonlinAttention", without_nonlin_attention, paper=0.18),
     "no-convolution": Change("no convolution modules", without_convolution),
     "adamw": Change("ScaledAdam → AdamW", recipe={"optimiser": "adamw", "learning_rate": 5e-3}, paper=0.72),
