@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../nbs/workshop/recipes.ipynb #337c7409
+# %% ../nbs/workshop/recipes.ipynb #4c1f178a
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -67,6 +67,9 @@ class Recipe:
         for name in ("utterances", "n_bins", "d_model", "n_layers", "steps", "max_frames", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("threads", "workers", "seed", "warmup_steps", "fast_emit"):
+            if not getattr(self, name) >= 0:  # NaN is not
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.model not in MODELS:
             raise ValueError(f"model is {self.model!r}; choose {', '.join(MODELS[:-1])} or {MODELS[-1]}")
         if self.vocabulary not in ("words", "letters", "subwords"):
@@ -98,7 +101,7 @@ class Recipe:
 def read_settings(path: str | Path) -> dict:
     """Settings from a YAML or JSON file.
 
-    Raises: ValueError: no such file, not a table of settings, or a setting that does not exist (the nearest is named).
+    Raises: ValueError: no such file, not a table of settings, a setting that stands there twice, or one that does not exist (the nearest is named).
 
     Chapter: workshop/recipes.
     """
@@ -110,15 +113,24 @@ def read_settings(path: str | Path) -> dict:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the settings file {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    names = []  # with repetition, which the libraries forget: they take the last one
+
+    def noted(pairs):
+        names.extend(name for name, _ in pairs)
+        return dict(pairs)
+
     try:
-        settings = json.loads(text)  # first: YAML takes JSON's 1e-05 for a text
+        settings = json.loads(text, object_pairs_hook=noted)  # first: YAML takes JSON's 1e-05 for a text
     except ValueError:
         try:
-            settings = yaml.safe_load(text)
+            settings, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+            names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         except yaml.YAMLError as error:
             raise ValueError(f"the settings file {str(path)!r} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"the settings file {str(path)!r} must hold lines like 'steps: 500'")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the settings file {str(path)!r} gives {twice[0]!r} more than once; which one is meant? Keep that one only.")
     types = {entry.name: type(entry.default) for entry in fields(Recipe)}
     for name, value in settings.items():
         if name not in types:
