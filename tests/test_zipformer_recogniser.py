@@ -226,6 +226,27 @@ class TestReading:
                 places = [place for _, *span in words for place in span]
                 assert places == sorted(places)
 
+    @torch.no_grad()
+    def test_transducer_with_a_beam_of_one_is_a_loop(self):
+        """At each step the likeliest symbol, until it is the blank: a search with one text in hand would prefer the blank."""
+        model, batch = make("transducer"), a_batch()
+        m, (out, steps) = model.model, model(batch.features, batch.feature_lengths)
+        m.joiner.output_linear.bias[0] -= 1.0  # so that there is something to write
+        found = 0
+        for i, words in enumerate(model.recognise(batch.features, batch.feature_lengths, VOCABULARY, beam=1)):
+            tokens = []
+            for t in range(int(steps[i])):
+                for _ in range(3):
+                    y = torch.tensor([[0, *tokens]])
+                    logits = m.joiner(m.joiner.encoder_proj(out[i : i + 1, t : t + 1])[:, :, None], m.joiner.decoder_proj(m.decoder(y))[:, None, -1:], project_input=False).flatten()
+                    logits[[1, 2, 3]] = -math.inf
+                    if int(logits.argmax()) == 0:
+                        break
+                    tokens.append(int(logits.argmax()))
+            assert "".join(w for w, _, _ in words) == VOCABULARY.decode(tokens).replace(" ", "")
+            found += len(tokens)
+        assert found > 0
+
     @pytest.mark.parametrize("heads, way", [("ctc", "transducer"), ("transducer", "ctc"), ("ctc", "rescoring"), ("ctc+transducer", "attention"), ("ctc", "telepathy")])
     def test_a_way_needs_its_head(self, heads, way):
         batch = a_batch()

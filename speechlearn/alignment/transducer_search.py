@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TransducerHypothesis', 'transducer_greedy', 'SearchState', 'TransducerSearch', 'agreed']
 
-# %% ../../nbs/alignment/14c_transducer_search.ipynb #9390c08b
+# %% ../../nbs/alignment/14c_transducer_search.ipynb #85b2f0cb
 import math
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from .search import NoModel, _add
 from .transducer import Decoder, Joiner
 
-# %% ../../nbs/alignment/14c_transducer_search.ipynb #8f3d8cee
+# %% ../../nbs/alignment/14c_transducer_search.ipynb #0b1454ff
 @dataclass(frozen=True)
 class TransducerHypothesis:
     """A text that a transducer search considers.
@@ -79,7 +79,7 @@ def transducer_greedy(
             asking = writes
     return [TransducerHypothesis(tuple(a), tuple(b), total, total) for a, b, total in zip(tokens, steps, totals.tolist())]
 
-# %% ../../nbs/alignment/14c_transducer_search.ipynb #af497ebc
+# %% ../../nbs/alignment/14c_transducer_search.ipynb #c295a9bc
 @dataclass(frozen=True)
 class _Text:
     """A text in the beam."""
@@ -107,7 +107,7 @@ class TransducerSearch:
 
     Args:
         decoder, joiner: of the model, in evaluation mode.
-        beam: texts that are followed.
+        beam: texts that are followed. One is too few: a symbol with the blank behind it would compete with the blank alone, and lose too often. For one text there is `transducer_greedy`.
         max_symbols: most symbols at one step. A pruned loss of R rows has trained for up to R − 1.
         model: a language model for the search, such as `alignment.search.WordFusion`.
         never: symbols that must not be written.
@@ -195,7 +195,7 @@ class TransducerSearch:
         found = [TransducerHypothesis(tokens, text.steps, text.log_prob, text.score() + self.model.finish(text.model_state)) for tokens, text in state.texts.items()]
         return sorted((h for h in found if h.score > -math.inf), key=lambda h: -h.score)
 
-# %% ../../nbs/alignment/14c_transducer_search.ipynb #bfc43bfc
+# %% ../../nbs/alignment/14c_transducer_search.ipynb #ee02d251
 def agreed(state: SearchState) -> tuple[int, ...]:
     """The common beginning of all texts in the beam: what later sound cannot change any more.
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ZipformerRecogniserConfig', 'small_config', 'ZipformerRecogniser', 'twice']
 
-# %% ../../nbs/zipformer/27b_train.ipynb #999962f8
+# %% ../../nbs/zipformer/27b_train.ipynb #43d3d5a9
 import math
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..alignment.ctc import ctc_greedy
 from ..alignment.search import prefix_beam_search
-from ..alignment.transducer_search import TransducerSearch
+from ..alignment.transducer_search import TransducerSearch, transducer_greedy
 from ..data.batches import unalignable
 from ..decoding import beam_search
 from ..models import AsrModel, total_loss
@@ -130,7 +130,7 @@ def small_config(size: str, vocab: int, **changes) -> ZipformerRecogniserConfig:
         chosen = chosen | dict(chunk_size=(16, 32, -1), left_context_frames=(64, 128, -1))
     return ZipformerRecogniserConfig(vocab, **(chosen | changes))
 
-# %% ../../nbs/zipformer/27b_train.ipynb #c51578a3
+# %% ../../nbs/zipformer/27b_train.ipynb #0c937eb0
 class ZipformerRecogniser(nn.Module):
     """A Zipformer with its heads, ready for the training loop and for `Recogniser`.
 
@@ -210,7 +210,7 @@ class ZipformerRecogniser(nn.Module):
         Args:
             features, feature_lengths: padded batch, normalised as `normalise` says.
             vocabulary: of the training.
-            beam: texts that the search follows; with CTC, 1 takes the best path.
+            beam: texts that the search follows; with CTC and a transducer, 1 takes the likeliest step each time.
             way: "ctc", "transducer", "attention", or "rescoring" (CTC finds texts, the attention decoder helps to choose). None: the transducer if there is one, else rescoring if
                 both its heads are there, else the head that is there.
             max_symbols: most symbols that the transducer writes at one step.
@@ -250,6 +250,9 @@ class ZipformerRecogniser(nn.Module):
         return results
 
     def _by_transducer(self, out, steps, beam, never, max_symbols):
+        if beam == 1:  # a beam of one text is no greedy search: it would weigh a symbol and the blank behind it against the blank alone
+            found = transducer_greedy(out, steps, decoder=self.model.decoder, joiner=self.model.joiner, max_symbols=max_symbols, never=never)
+            return [[(token, step, step) for token, step in zip(h.tokens, h.steps)] for h in found]
         search, results = TransducerSearch(self.model.decoder, self.model.joiner, beam=beam, max_symbols=max_symbols, never=never), []
         for x, n in zip(out, steps.tolist()):
             best = search.results(search.feed(x[:n], search.start()))[0]
