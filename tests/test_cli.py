@@ -249,7 +249,6 @@ def test_settings_are_read(tmp_path):
         ("threads: -1", "threads is -1; it must not be negative"),
         ("workers: -1", "workers is -1; it must not be negative"),
         ("seed: -1", "seed is -1; it must not be negative"),
-        ("warmup_steps: -1", "warmup_steps is -1; it must not be negative"),
         ("fast_emit: .nan", "fast_emit is nan; it must not be negative"),
         ("", "lines like 'steps: 500'"),
         ("steps: 0", "steps is 0; it must be at least 1"),
@@ -331,13 +330,31 @@ def test_train_stop_resume_and_use(run, clips, wav, tmp_path, monkeypatch):
         patched.setattr(speechlearn.training, "save_run", interrupted)
         code, out, err = run(*command, "--directory", tmp_path / "parts", "--resume")
     assert code == 130 and out == "" and "stopped" in err and not (tmp_path / "parts" / "recogniser").exists()
+    before = {path: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+    others = {"--no-augment": "augment was True and is False", "--top-hz=4000": "top_hz was 8000.0 and is 4000.0", "--masks=2": "masks was 0 and is 2"}
+    for option, says in others.items():  # the loop sees none of these
+        code, out, err = run(*command, "--directory", tmp_path / "parts", "--resume", option)
+        assert code == 1 and out == "" and says in err and "Use another directory" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == before
     steps_done = []
     step = speechlearn.training.take_step
     monkeypatch.setattr(speechlearn.training, "take_step", lambda run: (steps_done.append(1), step(run))[1])
-    code, out, err = run(*command, "--directory", tmp_path / "parts", "--resume")
+    code, out, err = run(*command, "--directory", tmp_path / "parts", "--resume", "--threads", "1")  # which changes nothing
     assert code == 0 and len(steps_done) == 2  # of four: the first two were not done again
     again = load_checkpoint(tmp_path / "parts" / "recogniser").model.state_dict()
     assert all(torch.equal(again[name], value) for name, value in loaded.model.state_dict().items())
+
+
+def test_a_run_without_its_recipe_goes_on(run, clips, tmp_path, monkeypatch):  # made before recipes were kept
+    (tmp_path / "a.yaml").write_text(json.dumps({"corpus": "fsdd", "root": str(clips), "utterances": 6, "d_model": 16, "n_layers": 1, "steps": 2, "validate_every": 2, "max_frames": 1000}))
+    command = ["train", "--config", tmp_path / "a.yaml", "--directory", tmp_path / "run"]
+    assert run(*command)[0] == 0
+    (tmp_path / "run" / "recipe.json").unlink()
+    assert run(*command, "--resume")[0] == 0
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["utterances"] == 6
+    (tmp_path / "run" / "recipe.json").write_text("{")
+    code, out, err = run(*command, "--resume")
+    assert code == 1 and out == "" and "recipe.json is not JSON" in err
 
 
 @pytest.mark.parametrize("vocabulary", ["letters", "words"])
