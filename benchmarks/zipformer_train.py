@@ -17,7 +17,8 @@
 `ctc+transducer`         both from the start
 `causal`                 as `ctc`, for streams: chunks of 320 ms in the test
 `stream-ctc`             as `causal`, with more utterances, digits and real recordings (--fsdd), longer
-`stream`                 begins with the encoder of `stream-ctc`, and gets a transducer beside the CTC head: the checkpoint that is shipped; it is copied into the package
+`stream-transducer`      begins with the encoder of `stream-ctc`, and gets a transducer beside the CTC head
+`stream`                 begins with `stream-transducer`, and learns to wait: quiet before and behind the utterances. This is the checkpoint that is shipped; it is copied into the package
 
 `live` sends the test sentences of commands through the shipped checkpoint `stream` in blocks of 40 ms, one thread: errors, real-time factor, and how long the
 first word takes from its true end to the screen.
@@ -65,7 +66,8 @@ RUNS = {
     "ctc+transducer": dict(heads="ctc+transducer"),
     "causal": dict(causal=True),
     "stream-ctc": dict(causal=True, **MIXTURE, steps=2000, schedule_steps=600),
-    "stream": dict(causal=True, heads="ctc+transducer", start_from="stream-ctc", **MIXTURE, learning_rate=3e-3, steps=1500, schedule_steps=300),
+    "stream-transducer": dict(causal=True, heads="ctc+transducer", start_from="stream-ctc", **MIXTURE, learning_rate=3e-3, steps=1500, schedule_steps=300),
+    "stream": dict(causal=True, heads="ctc+transducer", start_from="stream-transducer", **{**MIXTURE, "average": 0.99}, pauses=3.0, learning_rate=1.5e-3, warmup_steps=50, steps=500, schedule_steps=1),
 }
 SPLITS = {"unseen voices, unseen sentences": "test", "seen voices, unseen sentences": "seen-voice", "unseen voices, seen sentences": "seen-sentence"}
 COST = {  # what `cost` compares: the recipes of the stored runs

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../nbs/workshop/recipes.ipynb #90c16aac
+# %% ../nbs/workshop/recipes.ipynb #d96ad312
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -40,6 +40,7 @@ class Recipe:
     fastest: float = _setting(1.5, "utterances are played up to so much faster")
     hard_cut: float = _setting(0.8, "part of the digit strings whose words lose their quiet edges, as in clips that people have cut")
     warp: float = _setting(0.0, "voices get vocal tracts up to this part longer or shorter in training, for instance 0.2")
+    pauses: float = _setting(0.0, "most utterances get up to so many seconds of quiet before and behind them in training, with the noise of the rest; a model for streams needs it")
     masks: int = _setting(0, "bands of frequency, and stretches of time, that are hidden in each utterance in training")
     d_model: int = _setting(96, "numbers that describe one moment")
     n_layers: int = _setting(3, "layers of the encoder")
@@ -93,6 +94,8 @@ class Recipe:
             raise ValueError(f"masks is {self.masks} (expected 0 or more) and top_hz {self.top_hz} (expected 1000 to 8000)")
         if not 0 <= self.hard_cut <= 1 or not 0 <= self.warp <= 1:
             raise ValueError(f"hard_cut is {self.hard_cut} and warp {self.warp}; expected 0 to 1 for both")
+        if not 0 <= self.pauses <= 60 or (self.pauses and not self.augment):
+            raise ValueError(f"pauses is {self.pauses}; expected 0 to 60 seconds, and augment on where it is above 0")
         if not 0 <= self.telephone <= 1 or not 1 <= self.fastest <= 2:
             raise ValueError(f"telephone is {self.telephone} (expected 0 to 1) and fastest {self.fastest} (expected 1 to 2)")
         if not 0 <= self.average < 1:
@@ -146,7 +149,7 @@ def read_settings(path: str | Path) -> dict:
             raise ValueError(f"the setting {name} is {value!r}; expected {types[name].__name__}")
     return settings
 
-# %% ../nbs/workshop/recipes.ipynb #b89b9549
+# %% ../nbs/workshop/recipes.ipynb #2bb3caf5
 def make_vocabulary(recipe: Recipe):
     """The vocabulary of a recipe; subwords are learned from its training texts.
 
@@ -333,7 +336,7 @@ def run_training(
     if recipe.start_from and not (resume and (Path(directory) / "last.json").exists()):  # a run that goes on has its own weights
         begin_with(model, recipe.start_from)
     features = LogMel(n_bins=recipe.n_bins, f_max=recipe.top_hz)
-    augment = Augment(p_band_limit=recipe.telephone, p_speed=0.8, speed=(0.85, recipe.fastest)) if recipe.augment else None
+    augment = Augment(p_band_limit=recipe.telephone, p_speed=0.8, speed=(0.85, recipe.fastest), p_pause=0.7 if recipe.pauses else 0.0, pause_seconds=(0.0, recipe.pauses)) if recipe.augment else None
     corpus = load_mixture(recipe, "train", recipe.utterances)
     if recipe.augment and recipe.hard_cut:
         draws = (random.Random(f"hard cut {recipe.seed} {i}") for i in range(len(corpus)))

@@ -133,3 +133,24 @@ def test_bad_settings_are_refused():
         Augment(p_noise=1.5)
     with pytest.raises(ValueError, match="must not be above"):
         replace(Augment(), snr_db=(30.0, 10.0))
+
+
+def test_pauses_lie_before_and_behind_and_are_no_digital_silence():
+    quiet = replace(Augment(), p_speed=0, p_reverb=0, p_noise=0, p_tilt=0, p_band_limit=0, p_pause=1.0, pause_seconds=(0.5, 2.0))
+    x, lengths = speech(), set()
+    for seed in range(20):
+        y = quiet(x, 16_000, seeded(seed))
+        # Where is the speech? Where the correlation with it is highest; before and behind it nothing but the floor.
+        place = int(torch.nn.functional.conv1d(y[None, None], x[None, None]).argmax())
+        before, behind = place, len(y) - place - len(x)
+        assert 8000 <= before <= 32_000 and 8000 <= behind <= 32_000
+        for part in (y[:place], y[place + len(x) :]):
+            assert -91 < rms_db(part) < -59
+        lengths.add(len(y))
+    assert len(lengths) > 15
+
+
+def test_without_pauses_nothing_else_changes():
+    """The draw for pauses is made only where there are some: stored runs can be repeated."""
+    x = speech()
+    assert torch.equal(Augment()(x, 16_000, seeded(3)), replace(Augment(), pause_seconds=(1.0, 9.0))(x, 16_000, seeded(3)))

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 sys.path.insert(0, str(ROOT / "book"))
 import speechlearn_book as book  # noqa: E402
 
-from speechlearn.checkpoint import load_checkpoint  # noqa: E402
+from speechlearn.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
 from speechlearn.cli import make_parser  # noqa: E402
 from speechlearn.data.batches import is_padding  # noqa: E402
 from speechlearn.data.synthetic import TEST_VOICES, TRAIN_VOICES, sampler  # noqa: E402
@@ -245,9 +245,11 @@ def test_licence_is_the_whole_apache_licence():
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
-def test_notice_names_what_the_shipped_weights_were_made_from():
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_notice_names_what_the_shipped_weights_were_made_from(name):
     notice = " ".join(read("NOTICE").split())
-    metadata = load_checkpoint("digits").metadata
+    assert f"speechlearn/checkpoints/{name}" in notice
+    metadata = load_checkpoint(name).metadata
     if "fsdd" in metadata["trained_on"]:
         for needed in ("Zohar Jackson", "github.com/Jakobovski/free-spoken-digit-dataset", "Attribution-ShareAlike 4.0", "Changes to the recordings"):
             assert needed in notice, f"CC BY-SA 4.0 asks for it: {needed}"

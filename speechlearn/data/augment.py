@@ -132,7 +132,7 @@ def gain(waveform: Float[Tensor, "samples"], gain_db: float) -> Float[Tensor, "s
     louder = waveform * 10 ** (gain_db / 20)
     return louder / louder.abs().max().clamp(min=1.0)
 
-# %% ../../nbs/data/04c_augment.ipynb #b3301350
+# %% ../../nbs/data/04c_augment.ipynb #88c82aec
 @dataclass(frozen=True)
 class Augment:
     """Change a waveform by chance. Probabilities lie between 0 and 1, ranges are (lowest, highest).
@@ -146,6 +146,8 @@ class Augment:
     speed: tuple[float, float] = (0.85, 1.18)
     p_reverb: float = 0.25
     reverberation_seconds: tuple[float, float] = (0.05, 0.4)
+    p_pause: float = 0.0  # of quiet before and behind the utterance; models for streams need it
+    pause_seconds: tuple[float, float] = (0.0, 3.0)
     p_noise: float = 0.7
     snr_db: tuple[float, float] = (10.0, 35.0)
     p_pink: float = 0.5  # of the noises; the others are white
@@ -174,6 +176,9 @@ class Augment:
             waveform = speed(waveform, between(self.speed), sample_rate=sample_rate)
         if happens(self.p_reverb):
             waveform = reverb(waveform, sample_rate, between(self.reverberation_seconds), generator=generator)
+        if self.p_pause and happens(self.p_pause):
+            before, behind = (round(between(self.pause_seconds) * sample_rate) for _ in range(2))
+            waveform = torch.nn.functional.pad(waveform, (before, behind))
         if happens(self.p_noise):
             make = pink_noise if happens(self.p_pink) else white_noise
             waveform = add_noise(waveform, make(len(waveform), generator=generator), between(self.snr_db))
