@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['WALLS_MS', 'SMEARS_MS', 'PEDALS', 'feedback_line', 'midi_to_hz', 'cents_off', 'fractional_delay', 'string_loop',
            'pluck_burst', 'Note', 'random_note', 'phrase', 'tremolo', 'delay', 'chorus', 'overdrive', 'all_pass',
-           'reverb', 'through', 'random_pedal', 'library_pedal']
+           'reverb', 'through', 'random_pedal', 'random_sound', 'library_pedal']
 
 # %% ../nbs/beyond/28b_guitar_sounds.ipynb #9f5041e8
 import math
@@ -87,7 +87,7 @@ def cents_off(waveform: Float[Tensor, "samples"], sample_rate: int, frequency: f
     found = (peak + (0.5 * (left - right) / bend if bend else 0.0)) * sample_rate / n_fft
     return 1200 * math.log2(found / frequency)
 
-# %% ../nbs/beyond/28b_guitar_sounds.ipynb #a1f0a830
+# %% ../nbs/beyond/28b_guitar_sounds.ipynb #fbfd2107
 def fractional_delay(delay: float | int) -> Float[Tensor, "4"]:
     r"""Weights on four samples that delay by a fraction: Lagrange's interpolation, $h_k = \prod_{j \ne k} (\delta - j) / (k - j)$.
 
@@ -99,7 +99,7 @@ def fractional_delay(delay: float | int) -> Float[Tensor, "4"]:
     >>> fractional_delay(1.5).tolist()
     [-0.0625, 0.5625, 0.5625, -0.0625]
 
-    Source: Välimäki & Laakso, "Principles of Fractional Delay Filters", ICASSP 2000, section 2. Chapter: beyond/28b_guitar_sounds.
+    Source: Välimäki & Laakso, "Principles of Fractional Delay Filters", ICASSP 2000. Chapter: beyond/28b_guitar_sounds.
     """
     if not 1 <= delay <= 2:
         raise ValueError(f"the delay is {delay}; four samples interpolate well from 1 to 2. Take whole samples out of it first.")
@@ -406,6 +406,26 @@ def random_pedal(name: str, generator: torch.Generator) -> tuple[str, dict]:
         raise ValueError(f"there is no pedal {name!r}; there are {', '.join(PEDALS)}")
     draw = lambda low, high: low + (high - low) * float(torch.rand((), generator=generator))
     return name, {setting: draw(*limits) for setting, limits in _RANGES[name].items()}
+
+# %% ../nbs/beyond/28b_guitar_sounds.ipynb #9f5d7ffe
+def random_sound(seed: int, index: int, *, seconds: float | int = 1.0, wet: float | int = 0.0, sample_rate: int = 16_000) -> tuple[Float[Tensor, "samples"], str]:
+    """Sound number `index` of an endless row: a random note, dry or through one random pedal.
+
+    Args:
+        seed, index, seconds: as in `random_note`.
+        wet: share of the sounds that go through a pedal, from 0 to 1.
+        sample_rate: in hertz.
+
+    Returns: the waveform, with a peak of at most 1, and the name of its pedal, or "dry".
+
+    Chapter: beyond/28b_guitar_sounds.
+    """
+    waveform, generator = random_note(seed, index, seconds=seconds).waveform(sample_rate), torch.Generator().manual_seed(derive_seed("pedal", seed, index))
+    if float(torch.rand((), generator=generator)) >= wet:
+        return waveform, "dry"
+    name = list(PEDALS)[int(torch.randint(len(PEDALS), (), generator=generator))]
+    waveform = through(waveform, sample_rate, random_pedal(name, generator))
+    return waveform / max(1.0, float(waveform.abs().max())), name
 
 # %% ../nbs/beyond/28b_guitar_sounds.ipynb #6911d3a3
 def library_pedal(name: str, **settings) -> Callable[[Tensor, int], Tensor]:

@@ -25,16 +25,16 @@ def nearest(x: Float[Tensor, "*batch dim"], codebook: Float[Tensor, "entries dim
     """
     return (codebook.square().sum(dim=1) - 2 * x @ codebook.T).argmin(dim=-1)
 
-# %% ../nbs/beyond/28c_quantisation.ipynb #1b2952a4
+# %% ../nbs/beyond/28c_quantisation.ipynb #a09784fe
 def straight_through(x: Float[Tensor, "*shape"], quantised: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     r"""`quantised` in the forward pass, the gradient of `x` in the backward pass: $x + \mathrm{sg}(q - x)$.
 
-    Source: Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.4;
+    Source: Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013;
     van den Oord, Vinyals & Kavukcuoglu, "Neural Discrete Representation Learning", 2017, section 3.2. Chapter: beyond/28c_quantisation.
     """
     return x + (quantised - x).detach()
 
-# %% ../nbs/beyond/28c_quantisation.ipynb #e9b8c083
+# %% ../nbs/beyond/28c_quantisation.ipynb #b908145c
 class VectorQuantiser(nn.Module):
     """A codebook that follows the vectors it is shown, by running means, and in which no entry stays unused.
 
@@ -46,11 +46,11 @@ class VectorQuantiser(nn.Module):
         decay: share of the running sums that is kept in each step.
         revive_below: an entry that is used less often than so many times per step jumps to a vector of the batch; 0 never revives.
 
-    Source: van den Oord, Vinyals & Kavukcuoglu, 2017, appendix A.1 (running means); Dhariwal et al., "Jukebox", 2020, section 3.3 (revival).
+    Source: van den Oord, Vinyals & Kavukcuoglu, 2017, appendix A.1 (running means); Dhariwal et al., "Jukebox", 2020, section 3.1 (revival).
     Chapter: beyond/28c_quantisation.
     """
 
-    def __init__(self, codebook_size: int, dim: int, *, decay: float = 0.95, revive_below: float | int = 0.05):
+    def __init__(self, codebook_size: int, dim: int, *, decay: float | int = 0.95, revive_below: float | int = 0.05):
         super().__init__()
         if codebook_size < 2 or dim < 1 or not 0 <= decay < 1 or not revive_below >= 0:
             raise ValueError(
@@ -117,7 +117,7 @@ def perplexity(codes: Int[Tensor, "*batch"], codebook_size: int) -> float:
     share = torch.bincount(codes.flatten(), minlength=codebook_size).double() / codes.numel()
     return round(math.exp(-float(torch.special.xlogy(share, share).sum())), 9)
 
-# %% ../nbs/beyond/28c_quantisation.ipynb #0fcb4746
+# %% ../nbs/beyond/28c_quantisation.ipynb #9475aa18
 class ResidualQuantiser(nn.Module):
     """A row of codebooks, each for what those before it left over. A vector is the sum of one entry of each.
 
@@ -130,7 +130,7 @@ class ResidualQuantiser(nn.Module):
     Source: Zeghidour et al., "SoundStream", 2021, section III-C. Chapter: beyond/28c_quantisation.
     """
 
-    def __init__(self, n_codebooks: int, codebook_size: int, dim: int, *, decay: float = 0.95, revive_below: float | int = 0.05):
+    def __init__(self, n_codebooks: int, codebook_size: int, dim: int, *, decay: float | int = 0.95, revive_below: float | int = 0.05):
         super().__init__()
         if n_codebooks < 1:
             raise ValueError(f"n_codebooks is {n_codebooks}; at least 1 is needed")
