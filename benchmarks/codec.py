@@ -33,8 +33,8 @@ def sounds(n, seed, wet):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs", help="folder for the run and its checkpoint")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--sounds", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--sounds", type=int, default=1000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(args.runs) / "codec"
@@ -47,7 +47,7 @@ def main():
     torch.manual_seed(0)
     codec = ConvCodec(CodecConfig())
     loader = DataLoader(SoundPieces(trained_on, 8192), batch_size=8, shuffle=True, drop_last=True)
-    config = TrainConfig(n_steps=args.steps, learning_rate=2e-3, warmup_steps=50, validate_every=args.steps // 20, log_every=25, accelerator="cpu")
+    config = TrainConfig(n_steps=args.steps, learning_rate=3e-3, warmup_steps=50, validate_every=max(1, args.steps // 10), log_every=25, accelerator="cpu")
     began = time.process_time()
     result = train(codec, loader, [dry], config=config, directory=folder, resume="auto", show="none")
     training = time.process_time() - began

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-# %% ../nbs/beyond/28c_quantisation.ipynb #212b9bbf
+# %% ../nbs/beyond/28c_quantisation.ipynb #37d6b480
 def nearest(x: Float[Tensor, "*batch dim"], codebook: Float[Tensor, "entries dim"]) -> Int[Tensor, "*batch"]:
     r"""Number of the nearest entry, $\arg\min_k \lVert e_k \rVert^2 - 2\, x \cdot e_k$; the lowest number where several are equally near.
 
@@ -23,7 +23,8 @@ def nearest(x: Float[Tensor, "*batch dim"], codebook: Float[Tensor, "entries dim
 
     Chapter: beyond/28c_quantisation.
     """
-    return (codebook.square().sum(dim=1) - 2 * x @ codebook.T).argmin(dim=-1)
+    with torch.autocast(x.device.type, enabled=False):  # with 8 bits of mantissa the nearest of several near ones is anybody's guess
+        return (codebook.square().sum(dim=1) - 2 * x.to(codebook) @ codebook.T).argmin(dim=-1)
 
 # %% ../nbs/beyond/28c_quantisation.ipynb #a09784fe
 def straight_through(x: Float[Tensor, "*shape"], quantised: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -117,7 +118,7 @@ def perplexity(codes: Int[Tensor, "*batch"], codebook_size: int) -> float:
     share = torch.bincount(codes.flatten(), minlength=codebook_size).double() / codes.numel()
     return round(math.exp(-float(torch.special.xlogy(share, share).sum())), 9)
 
-# %% ../nbs/beyond/28c_quantisation.ipynb #9475aa18
+# %% ../nbs/beyond/28c_quantisation.ipynb #c54ff56b
 class ResidualQuantiser(nn.Module):
     """A row of codebooks, each for what those before it left over. A vector is the sum of one entry of each.
 
@@ -145,12 +146,13 @@ class ResidualQuantiser(nn.Module):
 
         Returns: the sums of the used entries, and the numbers from all codebooks.
         """
-        rest, total, codes = x.detach().flatten(0, 1), torch.zeros_like(x), []
+        rest, codes = x.detach().flatten(0, 1).to(self.levels[0].codebook), []
+        total = torch.zeros_like(x, dtype=rest.dtype)
         for i, level in enumerate(self.levels):
             entry, code = level(rest)
             rest = rest - entry
             used = entry.view_as(x)
-            total = total + (used if n_used is None else used * (n_used > i).to(x)[:, None, None])
+            total = total + (used if n_used is None else used * (n_used > i).to(used)[:, None, None])
             codes.append(code.view(x.shape[:2]))
         return total, torch.stack(codes, dim=-1)
 

@@ -224,6 +224,15 @@ class TestTraining:
         codec.loss(0.1 * noise(2, 1_000))["loss"].backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in codec.parameters())
 
+    def test_half_precision_quantises_in_full(self):
+        codec = started().train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            parts = codec.loss(0.1 * noise(2, 1_000))
+        assert parts["loss"].isfinite() and codec.quantiser.levels[0].codebook.dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            quantised, codes = codec.eval().quantiser(noise(1, 9, 16).bfloat16())
+        assert quantised.dtype == torch.float32 and torch.equal(codes, codec.quantiser(noise(1, 9, 16).bfloat16().float())[1])
+
     def test_continues_exactly(self, tmp_path):
         """Codebooks, their running means and what was drawn by chance: all come back."""
 
