@@ -168,13 +168,14 @@ def read_json(path: str | os.PathLike, *, format: str, version: int, needs: tupl
         raise CheckpointError(f"{path} is incomplete: it has no {', '.join(map(repr, missing))}.")
     return value
 
-# %% ../nbs/workshop/checkpoint.ipynb #19f17c96
+# %% ../nbs/workshop/checkpoint.ipynb #6a8c11e3
 # name in checkpoints -> "module:Class" (imported only when needed) or the class itself
 RECOGNISERS: dict[str, str | type] = {
     "first-recogniser": "speechlearn.whole_game:FirstRecogniser",
     "speech-transformer": "speechlearn.speech_transformer.decoder:SpeechTransformer",
     "alignment-recogniser": "speechlearn.alignment.recogniser:AlignmentRecogniser",
     "zipformer": "speechlearn.zipformer.recogniser:ZipformerRecogniser",
+    "conv-codec": "speechlearn.codec:ConvCodec",  # no recogniser, but saved in the same way, without a vocabulary
 }
 
 
