@@ -213,7 +213,7 @@ ABLATION = Recipe(
     steps=300, max_frames=3000, optimiser="scaled-adam", learning_rate=0.1, schedule="eden", warmup_steps=60, schedule_steps=100, validate_every=100, threads=1,
 )
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #32f65aae
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #be8ca1c7
 def changed(name: str, recipe: Recipe) -> tuple[Change, Recipe]:
     """A change by its name, and the recipe with it.
 
@@ -291,6 +291,7 @@ def ablate(names: Sequence[str], seeds: Sequence[int], recipe: Recipe, path: str
         changed(name, recipe)
     common = {key: value for key, value in asdict(recipe).items() if key != "seed"}
     results = json.loads(path.read_text()) if path.exists() else {"recipe": common, "n_test": n_test, "runs": {}}
+    results["recipe"] = {key: asdict(Recipe())[key] for key in common} | results["recipe"]  # settings that came later had no effect then
     if results["recipe"] != common or results["n_test"] != n_test:
         differ = [key for key in common if results["recipe"].get(key) != common[key]] or ["n_test"]
         raise ValueError(f"{path} holds runs of another recipe ({', '.join(differ)} differ), which cannot be compared with these; choose another file")
