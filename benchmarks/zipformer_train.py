@@ -18,7 +18,7 @@
 `causal`                 as `ctc`, for streams: chunks of 320 ms in the test
 `stream-ctc`             as `causal`, with more utterances, digits and real recordings (--fsdd), longer
 `stream-transducer`      begins with the encoder of `stream-ctc`, and gets a transducer beside the CTC head
-`stream`                 begins with `stream-transducer`, and learns to wait: quiet before and behind the utterances. This is the checkpoint that is shipped; it is copied into the package
+`stream`                 begins with `stream-transducer`, and learns to wait: quiet before and behind the utterances. It is copied into the package
 
 `live` sends the test sentences of commands through the shipped checkpoint `stream` in blocks of 40 ms, one thread: errors, real-time factor, and how long the
 first word takes from its true end to the screen.

@@ -18,15 +18,14 @@ from speechlearn import live as live_module
 from speechlearn.alignment.ctc import ctc_greedy
 from speechlearn.alignment.transducer import Decoder, Joiner
 from speechlearn.alignment.transducer_search import TransducerSearch
-from speechlearn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from speechlearn.checkpoint import save_checkpoint
 from speechlearn.cli import main
 from speechlearn.data.corpora import Word
-from speechlearn.data.synthetic import make_corpus, sampler
 from speechlearn.live import BestPath, CertainBeam, FeatureStream, Heard, Listening, LiveRecogniser, _Words, floor_noise, listen, microphone, pcm, plot_listening
-from speechlearn.recogniser import Recogniser, Transcript, load_recogniser
+from speechlearn.recogniser import Recogniser, Transcript
 from speechlearn.sound.features import LogMel, normalise_running
 from speechlearn.sound.waveform import AudioError, resample, save
-from speechlearn.text import CharacterVocabulary, SubwordVocabulary, WordVocabulary, edit_distance
+from speechlearn.text import CharacterVocabulary, SubwordVocabulary, WordVocabulary
 from speechlearn.whole_game import words_of
 from speechlearn.zipformer.recogniser import ZipformerRecogniser, small_config
 
@@ -653,55 +652,3 @@ def test_resample_agrees_with_blocks():
     """`resample` of the whole is what the stream's resampler gives; else the test at 44.1 kHz would compare two mistakes."""
     waveform = sound(20_000)
     assert torch.equal(resample(waveform, 44_100, RATE), torch.from_numpy(soxr.resample(waveform.numpy(), 44_100, RATE)))
-
-
-class TestShipped:
-    """The checkpoint `stream`."""
-
-    @pytest.fixture(scope="class")
-    def recogniser(self):
-        return load_recogniser("stream")
-
-    def test_it_hears_strangers(self, recogniser):
-        """40 sentences and voices that were not in its training; the stored figure of all 400 is below 3 %."""
-        live, wrong, words = LiveRecogniser(recogniser), 0, 0
-        for u in make_corpus("commands", "test", n=40):
-            live.start()
-            for block in u.waveform(16_000).split(1600):
-                live.accept(block)
-            live.finish()
-            wrong += edit_distance(u.text.split(), live.transcript.text.split()).edits
-            words += len(u.text.split())
-        assert wrong / words < 0.06
-
-    @pytest.mark.parametrize("way", ["ctc", "transducer"])
-    def test_however_the_sound_is_cut(self, recogniser, way):
-        waveform = torch.cat([u.waveform(16_000) for u in sampler()[8:11]])
-        texts = set()
-        for size in (160, 1111, 40_000, len(waveform)):
-            live = LiveRecogniser(recogniser, way=way, chunk_size=16, left_context=64)
-            for block in waveform.split(size):
-                live.accept(block)
-            live.finish()
-            texts.add((live.transcript.text, tuple(live.words)))
-        assert len(texts) == 1 and len(next(iter(texts))[0].split()) > 8
-
-    def test_a_long_pause_does_no_harm(self, recogniser):
-        """Half a minute of a quiet room, then a sentence: the words are those of the sentence, and the room says nothing."""
-        u = sampler()[9]
-        room = 10 ** (-60 / 20) * torch.randn(30 * 16_000, generator=torch.Generator().manual_seed(0))
-        texts = []
-        for sound in (u.waveform(16_000), torch.cat([room, u.waveform(16_000)]), torch.cat([u.waveform(16_000), room, u.waveform(16_000)])):
-            live = LiveRecogniser(recogniser)
-            for block in sound.split(8000):
-                live.accept(block)
-            live.finish()
-            texts.append(live.transcript.text.split())
-        assert edit_distance(u.text.split(), texts[0]).edits <= 1
-        assert edit_distance(texts[0], texts[1]).edits <= 1 and edit_distance(2 * texts[0], texts[2]).edits <= 2
-
-    def test_it_is_small_and_says_how_good_it_is(self):
-        folder = find_checkpoint("stream")
-        assert sum(p.stat().st_size for p in folder.iterdir()) < 5_000_000
-        rates = load_checkpoint("stream").metadata["word_error_rates"]
-        assert rates["unseen voices, unseen sentences"] < 0.03 and {"digits, unseen voices", "FSDD, known speakers, new takes"} <= set(rates)
