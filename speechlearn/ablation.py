@@ -6,12 +6,13 @@ __all__ = ['CHANGES', 'ABLATION', 'exchange', 'ActivationThenLinear', 'Straight'
            'without_bypass', 'without_nonlin_attention', 'without_convolution', 'Change', 'changed', 'measure',
            'ablate', 'Row', 'student_t', 'compare', 'plot_ablation']
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #24ef692e
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #9ce6340d
 import copy
 import json
 import math
 import multiprocessing
 import statistics
+import textwrap
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -326,7 +327,7 @@ def _wait(child, queue, name):
         raise RuntimeError(f"the run {name!r} failed: {measured['failed']}")
     return measured
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #bde73364
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #34366dc8
 @dataclass(frozen=True)
 class Row:
     """A change, compared with no change on the same seeds."""
@@ -390,11 +391,11 @@ def plot_ablation(rows: Sequence[Row]):
     from speechlearn.viz import COLOURS
 
     rows = [row for row in rows if row.name != "none"][::-1]
-    figure, ax = plt.subplots(figsize=(6, 0.36 * len(rows) + 1.2))
+    figure, ax = plt.subplots(figsize=(4.6, 0.42 * len(rows) + 1.2))
     for y, row in enumerate(rows):
         width = 100 * row.error * student_t(row.n - 1) if row.n > 1 else 0.0
         ax.errorbar(100 * row.difference, y, xerr=width, fmt="o" if row.clear else "s", markersize=5, capsize=3, color=COLOURS["vermillion" if row.clear else "blue"], markerfacecolor=None if row.clear else "white")
     ax.axvline(0.0, color="0.5", linewidth=1)
-    ax.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=9)
-    ax.set(xlabel="change of the word error rate (percentage points)")
+    ax.set_yticks(range(len(rows)), [textwrap.fill(row.what, 24) for row in rows], fontsize=10)
+    ax.set(xlabel="change of the word error\nrate (percentage points)")
     return figure
