@@ -136,7 +136,7 @@ def test_bad_settings_are_refused():
 
 
 def test_pauses_lie_before_and_behind_and_are_no_digital_silence():
-    quiet = replace(Augment(), p_speed=0, p_reverb=0, p_noise=0, p_tilt=0, p_band_limit=0, p_pause=1.0, pause_seconds=(0.5, 2.0))
+    quiet = replace(Augment(), p_speed=0.0, p_reverb=0.0, p_noise=0.0, p_tilt=0.0, p_band_limit=0.0, p_pause=1.0, pause_seconds=(0.5, 2.0))
     x, lengths = speech(), set()
     for seed in range(20):
         y = quiet(x, 16_000, seeded(seed))
