@@ -6,14 +6,14 @@ __all__ = ['CHANGES', 'ABLATION', 'exchange', 'ActivationThenLinear', 'Straight'
            'without_bypass', 'without_nonlin_attention', 'without_convolution', 'Change', 'changed', 'measure',
            'ablate', 'Row', 'student_t', 'compare', 'plot_ablation']
 
-# %% ../nbs/zipformer/28_which_details_matter.ipynb #9ce6340d
+# %% ../nbs/zipformer/28_which_details_matter.ipynb #40f6c113
 import copy
 import json
 import math
 import multiprocessing
 import statistics
-import textwrap
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

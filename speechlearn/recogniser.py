@@ -4,7 +4,7 @@
 __all__ = ['FLOOR_DB', 'SILENCE_DB', 'Transcript', 'quietest_point', 'pieces', 'Recogniser', 'load_recogniser', 'Evaluation',
            'evaluate', 'plot_transcript']
 
-# %% ../nbs/workshop/recogniser.ipynb #601f4033
+# %% ../nbs/workshop/recogniser.ipynb #3252dde4
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .data.corpora import Corpus, Word
-from .sound.features import LogMel, normalise_running, normalise_utterance
+from .sound.features import NORMALISATIONS, LogMel
 from .sound.waveform import check_waveform, duration, peak_db, resample, stream
 from .text import error_rate
 
@@ -73,7 +73,7 @@ def pieces(path, *, sample_rate: int, longest_seconds: float = 20.0) -> Iterator
     if len(held):
         yield start / sample_rate, held
 
-# %% ../nbs/workshop/recogniser.ipynb #f7b06fcc
+# %% ../nbs/workshop/recogniser.ipynb #4901e8fe
 FLOOR_DB = -80.0  # RMS of the faint noise that is laid under every recording, relative to full scale
 SILENCE_DB = -70.0  # peak, relative to full scale: below it there is no speech to find
 
@@ -120,8 +120,8 @@ class Recogniser:
         noise = torch.randn(len(waveform), generator=torch.Generator().manual_seed(0))
         waveform = waveform + 10 ** (FLOOR_DB / 20) * noise
         mel, lengths = self.features(waveform[None], torch.tensor([len(waveform)]))
-        # A model for streams says that it wants running statistics: it was trained with them.
-        normalise = normalise_running if getattr(self.model, "normalise", "utterance") == "running" else normalise_utterance
+        # A model says how its features were normalised in training: one for streams wants running statistics.
+        normalise = NORMALISATIONS[getattr(self.model, "normalise", "utterance")]
         heard = self.model.recognise(normalise(mel, lengths), lengths, self.vocabulary)[0]
         step = self.model.frame_seconds
         words = tuple(Word(text, min(first * step, seconds), min((last + 1) * step, seconds)) for text, first, last in heard)

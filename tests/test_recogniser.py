@@ -404,3 +404,18 @@ def test_the_figure_shows_each_word(spoken):
     assert [t.get_text() for t in ax.texts] == ["three", "nine", *[w.text for w in spoken[0].words]]
     assert [t.get_position()[0] for t in ax.texts[:2]] == pytest.approx([0.2, 0.6])
     plt.close("all")
+
+
+def test_features_are_normalised_as_the_model_was_trained(digits, spoken, monkeypatch):
+    """Each of the names a data set knows; an unknown one is no silent default."""
+    from speechlearn.sound.features import NORMALISATIONS
+
+    seen, waveform = [], spoken[0].waveform(16_000)
+    for name in NORMALISATIONS:
+        monkeypatch.setattr(digits.model, "normalise", name, raising=False)
+        monkeypatch.setattr(digits.model, "recognise", lambda features, lengths, vocabulary: seen.append(features) or [[]], raising=False)
+        digits.transcribe(waveform, 16_000)
+    assert len(seen) == 3 and all((a - b).abs().max() > 0.1 for a, b in [(seen[0], seen[1]), (seen[1], seen[2]), (seen[0], seen[2])])
+    monkeypatch.setattr(digits.model, "normalise", "somehow", raising=False)
+    with pytest.raises(KeyError, match="somehow"):
+        digits.transcribe(waveform, 16_000)
